@@ -1,0 +1,38 @@
+# Every target does its own set-up: a .venv in this checkout, with the pinned engine.
+# The set-up takes minutes once, and a fraction of a second after that.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick lint format bench clean
+
+PY := .venv/bin/python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make or update .venv
+	@tools/setup.sh
+
+demo: setup ## the whole way on SmolLM2-135M: inspect, compile, serve, compare, fine-tune, serve
+	@$(PY) -m examples.demo
+
+test: lint ## lint and the full test suite, real engine included
+	$(PY) -m pytest
+
+quick: setup ## the tests without the engine, under two minutes
+	$(PY) -m pytest -m "not engine and not slow"
+
+lint: setup ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: setup ## let ruff fix and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup ## the benchmarks, side by side with their peers
+	$(PY) -m benchmarks.compile
+	$(PY) -m benchmarks.serve
+
+clean: ## remove .venv and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
