@@ -1,0 +1,65 @@
+"""funcmodels: write a model once, as a pure function; train it with torch.func, serve it with vLLM."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from funcmodels import errors, ops, tree
+from funcmodels.block import block
+from funcmodels.checkpoint import load, save
+from funcmodels.generate import generate
+from funcmodels.init import init, normal
+from funcmodels.sharding import PartitionSpec
+from funcmodels.spec import Axes, Model, Param, axes
+
+if TYPE_CHECKING:
+    from compiler.api import (
+        CompiledModel,
+        ParallelContext,
+        compile_to_torch,
+        compile_to_vllm,
+        register,
+        trace,
+    )
+
+# The compiler is imported on first use, so that training never pays for it, and never needs vLLM.
+_COMPILER = {
+    "CompiledModel": "compiler.api",
+    "ParallelContext": "compiler.api",
+    "compile_to_torch": "compiler.api",
+    "compile_to_vllm": "compiler.api",
+    "register": "compiler.api",
+    "trace": "compiler.api",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axes",
+    "CompiledModel",
+    "Model",
+    "ParallelContext",
+    "Param",
+    "PartitionSpec",
+    "axes",
+    "block",
+    "compile_to_torch",
+    "compile_to_vllm",
+    "errors",
+    "generate",
+    "init",
+    "load",
+    "normal",
+    "ops",
+    "register",
+    "save",
+    "trace",
+    "tree",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _COMPILER:
+        return getattr(importlib.import_module(_COMPILER[name]), name)
+    raise AttributeError(f"module 'funcmodels' has no attribute {name!r}")

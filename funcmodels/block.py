@@ -1,0 +1,44 @@
+"""`@block`: a pure function of a parameter subtree that the compiler keeps as one module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Tracer(Protocol):
+    """What records calls of blocks while a model is traced."""
+
+    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any: ...
+
+
+# The tracer at work, or None: then a block is its function and nothing else.
+_tracer: Tracer | None = None
+
+
+def block(fn: F) -> F:
+    """Mark a pure function as one module of the compiled model.
+
+    Called while training, the function runs as written. Traced, each distinct (function, shapes,
+    static arguments) is recorded once and becomes one `nn.Module` class, however many layers call
+    it. Parameters may come in any argument, as tensors or pytrees of them; the first holds the
+    block's own by convention.
+    """
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _tracer is None:
+            return fn(*args, **kwargs)
+        return _tracer.call_block(fn, args, kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def set_tracer(tracer: Tracer | None) -> Tracer | None:
+    """Install a tracer and return the one it replaces. For the compiler only."""
+    global _tracer
+    before, _tracer = _tracer, tracer
+    return before

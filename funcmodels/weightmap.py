@@ -1,0 +1,171 @@
+"""The reversible map between parameters and the tensors of a checkpoint, from one pattern.
+
+`"name: pattern"` names the tensor and its layout in terms of the parameter's axes:
+
+    model.layers.{layers}.self_attn.q_proj.weight: (heads head_dim) hidden
+
+Braces are an index: of the enclosing list with that key, or over an axis of the parameter, which
+is then spread over several tensors (`experts.{experts}.w1.weight`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from funcmodels.errors import DeclarationError, listed
+
+_BRACE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """How one parameter is laid out in a checkpoint.
+
+    Args:
+        names: the checkpoint's tensor names, in row-major order of the spread axes; usually one.
+        axes: the parameter's axes in order.
+        spread: those of them that are spread over several tensors.
+        layout: einops pattern of one tensor, without the spread axes.
+        sizes: axis -> size.
+    """
+
+    names: tuple[str, ...]
+    axes: tuple[str, ...]
+    spread: tuple[str, ...]
+    layout: str
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the checkpoint's one tensor is the parameter itself."""
+        return not self.spread and self.layout.split() == list(self.axes)
+
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape that each tensor has in the checkpoint."""
+        return _layout_shape(self.layout, self.sizes)
+
+    def to_param(self, tensors: list[Tensor]) -> Tensor:
+        """The parameter, from the checkpoint's tensors in the order of `names`."""
+        if self.is_identity:
+            return tensors[0]
+        one = " ".join(axis for axis in self.axes if axis not in self.spread)
+        sizes = {a: n for a, n in self.sizes if a not in self.spread}
+        parts = [rearrange(t, f"{self.layout} -> {one}", **sizes) for t in tensors]
+        if not self.spread:
+            return parts[0]
+        spread = " ".join(self.spread)
+        sizes = {a: n for a, n in self.sizes if a in self.spread}
+        return rearrange(
+            torch.stack(parts), f"({spread}) {one} -> {' '.join(self.axes)}", **sizes
+        )
+
+    def from_param(self, value: Tensor) -> list[Tensor]:
+        """The checkpoint's tensors, in the order of `names`: the inverse of `to_param`."""
+        if self.is_identity:
+            return [value]
+        spread = " ".join(self.spread)
+        flat = rearrange(value, f"{' '.join(self.axes)} -> ({spread}) {self.layout}")
+        return list(flat.unbind(0))
+
+
+def tensor_map(
+    hf: str | None, path: str, axes: tuple[str, ...], shape: tuple[int, ...], where: object
+) -> TensorMap:
+    """The map that a parameter's `hf` text and its path declare.
+
+    Raises:
+        DeclarationError: a brace that is neither an enclosing list nor an axis, or a layout that
+            does not use each remaining axis exactly once.
+    """
+    template, layout = _split(hf, path, axes)
+    spread, lists = _braces(template, path, axes, where)
+    left = tuple(axis for axis in axes if axis not in spread)
+    layout = layout or " ".join(left)
+    _check_layout(layout, left, path, where)
+    sizes = dict(zip(axes, shape, strict=True))
+    name = _BRACE.sub(lambda m: lists.get(m[1], m[0]), template)
+    names = [name]
+    if spread:
+        names = [
+            _BRACE.sub(lambda m, at=dict(zip(spread, index, strict=True)): str(at[m[1]]), name)
+            for index in itertools.product(*(range(sizes[axis]) for axis in spread))
+        ]
+    return TensorMap(tuple(names), axes, spread, layout, tuple(sizes.items()))
+
+
+def _split(hf: str | None, path: str, axes: tuple[str, ...]) -> tuple[str, str]:
+    """Template and layout of an `hf` text; without one a tensor is named by its path."""
+    if hf is None:
+        return path, ""
+    template, _, layout = hf.partition(":")
+    return template.strip(), layout.strip()
+
+
+@functools.lru_cache(maxsize=65536)
+def _lists_of(path: str) -> dict[str, str]:
+    """Index of each enclosing list, by the list's key: `layers.3.attn.q` -> {"layers": "3"}."""
+    parts = path.split(".")
+    return {
+        key: index
+        for key, index in itertools.pairwise(parts)
+        if index.isdigit() and not key.isdigit()
+    }
+
+
+def _braces(
+    template: str, path: str, axes: tuple[str, ...], where: object
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The axes that the template spreads, and the list indices that it takes from the path."""
+    found = _BRACE.findall(template)
+    lists = _lists_of(path)
+    spread = tuple(axis for axis in axes if axis in found and axis not in lists)
+    if unknown := [b for b in found if b not in lists and b not in axes]:
+        raise DeclarationError(
+            f'"{{{unknown[0]}}}" in the tensor name of {path} is no list and no axis',
+            got=template,
+            need=f"one of the lists {listed(lists)} or the axes {listed(axes)}",
+            from_=where,
+            fix=f"write {{{next(iter(lists), axes[0] if axes else 'layers')}}}, or drop the braces",
+        )
+    return spread, lists
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout_axes(layout: str) -> tuple[str, ...]:
+    """The axis names of an einops pattern, in order."""
+    return tuple(re.findall(r"\w+", layout))
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout_shape(layout: str, sizes: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    """The shape of an einops pattern, with each group's sizes multiplied."""
+    size = dict(sizes)
+    groups = re.findall(r"\(([^)]*)\)|(\w+)", layout)
+    shape = []
+    for group, single in groups:
+        n = 1
+        for axis in group.split() or ([single] if single else []):
+            n *= size[axis]
+        shape.append(n)
+    return tuple(shape)
+
+
+def _check_layout(layout: str, left: tuple[str, ...], path: str, where: object) -> None:
+    """Each axis once: then the map is a bijection, and its round trip is exact."""
+    used = _layout_axes(layout)
+    if used == left or sorted(used) == sorted(left):
+        return
+    raise DeclarationError(
+        f"the checkpoint layout of {path} does not use each axis exactly once",
+        got=layout,
+        need=" ".join(left) or "nothing: every axis is spread over tensors",
+        from_=where,
+        fix="name each axis of the parameter once; group with parentheses, e.g. (heads head_dim)",
+    )
