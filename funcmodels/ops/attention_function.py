@@ -1,0 +1,140 @@
+"""Attention's rules of differentiation and vectorisation, as two `torch.autograd.Function`s."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funcmodels.ops import attention_kernels as kernels
+from funcmodels.ops import attention_reference as reference
+from funcmodels.ops.attention_reference import Inputs, Rules
+
+
+class Attention(torch.autograd.Function):
+    """out and lse of (q, k, v, sinks, slopes, segment_ids, *rules); lse has no derivative."""
+
+    @staticmethod
+    def forward(q, k, v, sinks, slopes, segment_ids, causal, scale, window, softcap):
+        x, rules = Inputs(q, k, v, sinks, slopes), Rules(causal, scale, window, softcap)
+        out, lse = kernels.forward(x, segment_ids, rules)
+        return _no_view(out), _no_view(lse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, causal, scale, window, softcap = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.save_for_forward(*tensors)
+        ctx.rules = Rules(causal, scale, window, softcap)
+
+    @staticmethod
+    def backward(ctx, grad_out, _grad_lse):
+        q, k, v, sinks, slopes, segment_ids, out, lse = ctx.saved_tensors
+        slopes_grad = slopes is not None and ctx.needs_input_grad[4]
+        grads = AttentionGrad.apply(
+            grad_out, q, k, v, sinks, slopes, segment_ids, out, lse, slopes_grad, *ctx.rules
+        )
+        grads = _spread(grads, sinks is not None, slopes_grad)
+        return (*grads, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx, q_t, k_t, v_t, sinks_t, slopes_t, *_):
+        *x, segment_ids = ctx.saved_tensors
+        t = Inputs(q_t, k_t, v_t, sinks_t, slopes_t)
+        return reference.jvp(Inputs(*x), t, segment_ids, ctx.rules), None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        keep = (True, True, True, False, False, False)
+        tensors = _batched(args[:6], in_dims, info.batch_size, keep)
+        return Attention.apply(*tensors, *args[6:]), (0, 0)
+
+
+class AttentionGrad(torch.autograd.Function):
+    """The gradients of <grad_out, out> by q, k, v, sinks if given, slopes if asked for.
+
+    `out` and `lse` are only a help to the kernels: the derivatives below are those of the
+    gradients as functions of grad_out, q, k, v, sinks and slopes, and out and lse have none.
+    """
+
+    @staticmethod
+    def forward(
+        grad_out, q, k, v, sinks, slopes, segment_ids, out, lse, slopes_grad, *rules
+    ):  # fmt: skip
+        x = Inputs(q, k, v, sinks, slopes)
+        grads = kernels.backward(
+            x, grad_out, out, lse, segment_ids, Rules(*rules), slopes_grad=slopes_grad
+        )
+        return tuple(map(_no_view, _present(grads, sinks is not None, slopes_grad)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_out, q, k, v, sinks, slopes, segment_ids, _out, _lse, slopes_grad, *rules = inputs
+        ctx.save_for_backward(grad_out, q, k, v, sinks, slopes, segment_ids)
+        ctx.save_for_forward(grad_out, q, k, v, sinks, slopes, segment_ids)
+        ctx.slopes_grad, ctx.rules = slopes_grad, Rules(*rules)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        grad_out, *x, segment_ids = ctx.saved_tensors
+        x = Inputs(*x)
+        t = Inputs(*_spread(cotangents, x.sinks is not None, ctx.slopes_grad))
+        by_grad_out = reference.jvp(x, t, segment_ids, ctx.rules).to(grad_out.dtype)
+        by_x = reference.second(x, t, grad_out, segment_ids, ctx.rules)
+        return (by_grad_out, *by_x, *[None] * 8)
+
+    @staticmethod
+    def jvp(ctx, grad_out_t, q_t, k_t, v_t, sinks_t, slopes_t, *_):
+        grad_out, *x, segment_ids = ctx.saved_tensors
+        x = Inputs(*x)
+        t = Inputs(q_t, k_t, v_t, sinks_t, slopes_t)
+        grads_t = reference.second(x, t, grad_out, segment_ids, ctx.rules)
+        if grad_out_t is not None:
+            linear = reference.vjp(x, grad_out_t, segment_ids, ctx.rules)
+            grads_t = Inputs(
+                *(a if b is None else a + b for a, b in zip(grads_t, linear, strict=True))
+            )
+        return _present(grads_t, x.sinks is not None, ctx.slopes_grad)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        slopes_grad = args[9]  # a gradient per sample needs the argument per sample
+        keep = (True, True, True, True, True, slopes_grad, False, True, True)
+        tensors = _batched(args[:9], in_dims, info.batch_size, keep)
+        grads = AttentionGrad.apply(*tensors, *args[9:])
+        return grads, (0,) * len(grads)
+
+
+def _batched(tensors, in_dims, size: int, full) -> list[Tensor | None]:
+    """Each with the vmapped dim as its first batch dim; where it had none, its size if full, or 1."""
+    result = []
+    for t, dim, is_full in zip(tensors, in_dims, full, strict=False):
+        if t is None:
+            result.append(None)
+        elif dim is None:
+            result.append(t.expand(size if is_full else 1, *t.shape))
+        else:
+            result.append(t.movedim(dim, 0))
+    return result
+
+
+def _no_view(t: Tensor) -> Tensor:
+    """The same memory, no longer marked as a view: forward mode asserts on views made inside."""
+    return torch.ops.aten._unsafe_view(t, t.shape)
+
+
+def _present(grads: Inputs, sinks: bool, slopes: bool) -> tuple[Tensor, ...]:
+    """The gradients that there are, since a Function returns tensors only."""
+    return (*grads[:3], *[grads.sinks] * sinks, *[grads.slopes] * slopes)
+
+
+def _spread(grads, sinks: bool, slopes: bool) -> tuple[Tensor | None, ...]:
+    """The inverse of `_present`, with None for those that there are not."""
+    return (*grads[:3], grads[3] if sinks else None, grads[-1] if slopes else None)
+
+
+# torch.compile records each call whole, and AOTAutograd follows the rules above. Tracing into the
+# class instead would refuse its jvp, and inlining its forward would lose the gradient of sinks.
+torch.compiler.allow_in_graph(Attention)
+torch.compiler.allow_in_graph(AttentionGrad)
