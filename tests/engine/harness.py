@@ -5,7 +5,7 @@
         assert out.tokens == expected
 
 A normal start imports for 12 s, spends 20 s in `LLM()` and 7 s on leaving. Here the imports
-happen once in the test process, and each engine runs in a forked child of it. What each trick is for:
+happen once in the test process, and each engine runs in a forked child of it. Why each trick:
 
 - fork, not spawn: the child starts with every module imported. It may use closures and classes of
   the test, and can leave no state behind: vLLM caches model classes by name, parallel groups and
@@ -14,14 +14,16 @@ happen once in the test process, and each engine runs in a forked child of it. W
   region in the child would hang. `conftest.py` sets it before any test runs.
 - the fork context for tensor-parallel workers: vLLM forces spawn on CPU, which would import
   everything again in each worker. Spawning is tested for itself, in the tests of registration.
-- `VLLM_ENABLE_V1_MULTIPROCESSING=0`: the engine core in the child itself, and at tp=1 the worker too.
-- `gc.freeze()`: the engine calls `gc.collect` several times while it starts, and each would walk the
-  million inherited objects, and copy their pages.
-- `torch.compiler.set_stance("force_eager")` in eager tests: the engine compiles small helpers of its
-  own even then.
-- `kv_cache_memory_bytes`: otherwise the engine asks for most of the machine's memory, and warms up.
+- `VLLM_ENABLE_V1_MULTIPROCESSING=0`: the engine core in the child itself, and at tp=1 the worker.
+- `gc.freeze()`: the engine calls `gc.collect` several times while it starts, and each would walk
+  the million inherited objects, and copy their pages.
+- `torch.compiler.set_stance("force_eager")` in eager tests: the engine compiles small helpers of
+  its own even then.
+- kernels for the missing Triton bound before the fork: vLLM searches all modules for them.
+- `kv_cache_memory_bytes`: otherwise the engine takes most of the machine's memory, and warms up.
 - `nobind`: pinning threads needs a NUMA node per worker.
-- `os._exit` and a killed process group at the end: no teardown, no orphans, also after a timeout.
+- `os._exit` and a killed process group at the end: no teardown, which takes a second, and no
+  orphans, also after a timeout. What workers leave in shared memory is removed by its name.
 
 `compiled=True` compiles with Inductor as in production. `compiled="trace"` stops after Dynamo: it
 checks in 2 to 5 s that a class can be compiled, and runs what was traced eagerly.
@@ -41,6 +43,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +58,7 @@ PRELOAD = (
     "transformers",
     "vllm",
     "vllm.entrypoints.llm",
+    "vllm.model_executor.layers.quantization.online.base",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.model_executor.model_loader.dummy_loader",
     "vllm.model_executor.models.llama",
@@ -111,6 +115,11 @@ def preload() -> None:
     with _environ(CHILD_ENV):  # some are read at import
         for name in PRELOAD:
             importlib.import_module(name)
+    from vllm.platforms import current_platform
+
+    with warnings.catch_warnings():  # it looks at every attribute of every module
+        warnings.simplefilter("ignore")
+        current_platform.register_triton_kernel_overrides()
 
 
 def run_in_engine(
@@ -150,6 +159,8 @@ def run_in_engine(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
+            for left_behind in Path("/dev/shm").glob(f"{_run_name(pid)}-*"):
+                left_behind.unlink(missing_ok=True)
         output = Path(log.name).read_text(errors="replace")[-20_000:]
     if payload is None:
         raise EngineError(f"no answer from the engine within {timeout} s\n{output}")
@@ -198,9 +209,11 @@ def _child(
 def _prepare(compiled: Mode) -> None:
     """Undo, in the child, what the test process has set and the engine must not see."""
     import multiprocessing
+    from multiprocessing import shared_memory
 
     import torch._inductor.config as inductor
     import vllm.v1.executor.multiproc_executor as multiproc
+    from vllm.platforms import current_platform
 
     gc.freeze()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's
@@ -210,9 +223,20 @@ def _prepare(compiled: Mode) -> None:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
     multiproc.get_mp_context = lambda: multiprocessing.get_context("fork")
+    rendezvous = f"file://{tempfile.gettempdir()}/{_run_name(os.getpid())}"
+    multiproc.get_file_store_init_method = lambda: rendezvous
+    vars(shared_memory).update(  # so that what a killed run leaves can be found by name
+        _SHM_NAME_PREFIX=f"/{_run_name(os.getpid())}-", _SHM_SAFE_NAME_LENGTH=40
+    )
+    current_platform.register_triton_kernel_overrides = lambda: None  # done, by preload()
     inductor.compile_threads = 1  # read at import, before vLLM asks for it
     if not compiled:
         torch.compiler.set_stance("force_eager")
+
+
+def _run_name(pid: int) -> str:
+    """What the files and the shared memory of one run are named after."""
+    return f"vllm_harness_{pid}"
 
 
 def _pickled_error(error: BaseException) -> bytes:
@@ -255,6 +279,7 @@ def _environ(changes: Mapping[str, str]) -> Iterator[None]:
 # --- inside the child ----------------------------------------------------------------------------
 
 _fresh = itertools.count()
+_alive = []  # engines are never torn down: the child ends in os._exit
 
 
 def make_llm(
@@ -270,7 +295,7 @@ def make_llm(
 
     Args:
         folder: a HF folder; a config.json is enough with `load_format="dummy"`.
-        model_cls: class, or "module:Class", to serve the folder with. Default: what it names itself.
+        model_cls: class, or "module:Class", to serve with. Default: what config.json names.
         arch: architecture to use or to register `model_cls` under. Default: a fresh name, since
             vLLM caches classes by name.
         tp: tensor parallel size.
@@ -297,7 +322,9 @@ def make_llm(
     }
     if tp > 1:
         defaults["distributed_executor_backend"] = "mp"
-    return LLM(model=str(folder), **{**defaults, **llm_kwargs})
+    llm = LLM(model=str(folder), **{**defaults, **llm_kwargs})
+    _alive.append(llm)
+    return llm
 
 
 def engine_model(llm: Any) -> torch.nn.Module:
@@ -391,15 +418,12 @@ def serve(
         )
         if warm_prompts:
             generate(llm, warm_prompts, max_tokens=1)
-        answers = generate(
+        return generate(
             llm,
             prompts,
             max_tokens=max_tokens,
             prompt_logprobs=prompt_logprobs,
             num_logprobs=num_logprobs,
         )
-        if tp > 1:  # workers own shared memory, which a kill would leave behind
-            llm.llm_engine.engine_core.shutdown()
-        return answers
 
     return run_in_engine(run, compiled=compiled, env=env, timeout=timeout)

@@ -1,4 +1,4 @@
-"""The harness itself, on vLLM's own Llama class: what it returns is the truth, and it fails well."""
+"""The harness itself, on vLLM's own Llama class: it tells the truth, and it fails well."""
 
 import os
 import time
@@ -97,9 +97,9 @@ def test_compiled(folder, expected):
     check(serve(folder, PROMPTS, compiled=True, prompt_logprobs=True), expected)
 
 
-@pytest.mark.parametrize(("compiled", "graphs"), [("trace", 1), (False, 0)])
-def test_compiled_means_compiled(folder, compiled, graphs):
-    """Dynamo has seen the model's forward exactly when it was asked to, as one unbroken graph."""
+@pytest.mark.parametrize("compiled", ["trace", False])
+def test_compiled_means_compiled(folder, compiled):
+    """Dynamo has seen the model's forward exactly when asked to, and broke no graph."""
 
     def count_graphs():
         from torch._dynamo.utils import counters
@@ -107,7 +107,9 @@ def test_compiled_means_compiled(folder, compiled, graphs):
         generate(make_llm(folder, compiled=compiled), [[1, 2, 3]])
         return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
-    assert run_in_engine(count_graphs, compiled=compiled) == (graphs, {})
+    graphs, breaks = run_in_engine(count_graphs, compiled=compiled)
+    assert bool(graphs) == bool(compiled)
+    assert breaks == {}
 
 
 def test_dummy_weights_need_only_a_config(folder, tmp_path):
@@ -169,7 +171,8 @@ def test_a_crash_is_reported():
         run_in_engine(lambda: os._exit(3))
 
 
-def test_leaves_the_environment_alone(folder):
-    before = dict(os.environ)
-    run_in_engine(lambda: os.environ.update(LEAK="1"))
-    assert dict(os.environ) == before
+def test_leaves_nothing_behind(folder):
+    environment, shared = dict(os.environ), set(os.listdir("/dev/shm"))
+    serve(folder, [[1, 2, 3]], tp=2)
+    assert dict(os.environ) == environment
+    assert {n for n in set(os.listdir("/dev/shm")) - shared if n.startswith("vllm")} == set()
