@@ -1,4 +1,4 @@
-"""funcmodels: write a model once, as a pure function; train it with torch.func, serve it with vLLM."""
+"""Write a model once, as a pure function; train it with torch.func, serve it with vLLM."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from funcmodels import errors, ops, tree
 from funcmodels.block import block
 from funcmodels.checkpoint import load, save
-from funcmodels.generate import generate
+from funcmodels.generate import generate, logprobs
 from funcmodels.init import init, normal
+from funcmodels.models.registry import load_model
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Axes, Model, Param, axes
 
@@ -50,6 +51,8 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "load_model",
+    "logprobs",
     "normal",
     "ops",
     "register",

@@ -1,4 +1,4 @@
-"""The errors users meet. Each says what failed and where, what it got, what it needs, and the fix."""
+"""The errors users meet: what failed and where, what was got, what is needed, and the fix."""
 
 from __future__ import annotations
 

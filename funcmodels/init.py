@@ -17,7 +17,7 @@ from funcmodels import tree
 from funcmodels.errors import DeclarationError
 
 if TYPE_CHECKING:
-    from funcmodels.spec import Model
+    from funcmodels.spec import Model, Param
 
 InitFunction: TypeAlias = Callable[[tuple[int, ...], torch.Generator], Tensor]
 Initializer: TypeAlias = Literal["normal", "ones", "zeros"] | InitFunction
@@ -59,9 +59,9 @@ def init(
         device: values are drawn on the CPU in float32 and moved, so they are the same everywhere.
     """
 
-    def draw(path: str, param: Any) -> Tensor:
+    def draw(path: str, param: Param) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(seed, path))
-        if callable(param.init):
+        if not isinstance(param.init, str):
             value = param.init(param.shape, generator)
         elif param.init == "normal":
             layout = model.tensor_maps[path].tensor_shape()

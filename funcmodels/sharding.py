@@ -6,7 +6,7 @@ input: local shapes, collectives, vLLM layers and loading all follow from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from funcmodels.errors import DeclarationError, ShardingError, listed
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MESH_AXES = ("tp", "ep", "dp", "fsdp", "pp")
 
-AxisTable: TypeAlias = Mapping[str, str | None] | Iterable[tuple[str, str | None]]
+AxisTable: TypeAlias = Mapping[str, str | None] | Sequence[tuple[str, str | None]]
 
 
 class PartitionSpec(tuple):
@@ -69,7 +69,7 @@ def partition_spec(param: Param, table: Mapping[str, str | None]) -> PartitionSp
                 got=" and ".join(f'"{d}"' for d in dims) + f" of ({', '.join(param.axes)})",
                 need="at most one dim of a tensor on a mesh axis",
                 from_=param.where,
-                fix=f'sharding=fm.PartitionSpec({_keep_first(param.axes, dims[0], mesh_axis)}) '
+                fix=f"sharding=fm.PartitionSpec({_keep_first(param.axes, dims[0], mesh_axis)}) "
                 f'on this parameter, or leave "{dims[1]}" out of the table',
             )
     return spec
@@ -92,8 +92,7 @@ def local_shape(
 ) -> tuple[int, ...]:
     """The shape that one rank of a mesh, given as axis -> size, holds."""
     return tuple(
-        local_size(n, mesh.get(axis, 1)) if axis else n
-        for n, axis in zip(shape, spec, strict=True)
+        local_size(n, mesh.get(axis, 1)) if axis else n for n, axis in zip(shape, spec, strict=True)
     )
 
 

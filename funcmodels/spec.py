@@ -198,8 +198,10 @@ class Model:
 def _check_forward(forward: Callable[..., Any]) -> None:
     """The arguments of forward, by position: three, and segment_ids with a default."""
     names = list(inspect.signature(forward).parameters.values())
-    if len(names) < 4 or names[3].default is inspect.Parameter.empty or any(
-        p.default is inspect.Parameter.empty for p in names[4:]
+    if (
+        len(names) < 4
+        or names[3].default is inspect.Parameter.empty
+        or any(p.default is inspect.Parameter.empty for p in names[4:])
     ):
         raise DeclarationError(
             f"{getattr(forward, '__name__', 'forward')} does not take what a model takes",

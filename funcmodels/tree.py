@@ -16,7 +16,7 @@ Tree = Any
 
 
 def dataclass(cls: type) -> type:
-    """Make a frozen dataclass whose instances are pytrees: `@fm.tree.dataclass class Attention: ...`."""
+    """Make a frozen dataclass a pytree: `@fm.tree.dataclass class Layer: ...`."""
     cls = cls if dataclasses.is_dataclass(cls) else dataclasses.dataclass(frozen=True)(cls)
     pytree.register_dataclass(cls)
     return cls

@@ -62,9 +62,19 @@ class TensorMap:
             return parts[0]
         spread = " ".join(self.spread)
         sizes = {a: n for a, n in self.sizes if a in self.spread}
-        return rearrange(
-            torch.stack(parts), f"({spread}) {one} -> {' '.join(self.axes)}", **sizes
-        )
+        return rearrange(torch.stack(parts), f"({spread}) {one} -> {' '.join(self.axes)}", **sizes)
+
+    def fill(self, value: Tensor, index: int, tensor: Tensor) -> None:
+        """Write the checkpoint's tensor `names[index]` into its place in the parameter.
+
+        Casts to the parameter's dtype and moves to its device; needs no memory of its own.
+        """
+        one = [axis for axis in self.axes if axis not in self.spread]
+        place = value.permute([self.axes.index(axis) for axis in (*self.spread, *one)])
+        at = itertools.product(*(range(n) for n in place.shape[: len(self.spread)]))
+        sizes = {a: n for a, n in self.sizes if a in one}
+        part = rearrange(tensor, f"{self.layout} -> {' '.join(one)}", **sizes)
+        place[next(itertools.islice(at, index, None))].copy_(part)
 
     def from_param(self, value: Tensor) -> list[Tensor]:
         """The checkpoint's tensors, in the order of `names`: the inverse of `to_param`."""
@@ -93,11 +103,15 @@ def tensor_map(
     name = _BRACE.sub(lambda m: lists.get(m[1], m[0]), template)
     names = [name]
     if spread:
-        names = [
-            _BRACE.sub(lambda m, at=dict(zip(spread, index, strict=True)): str(at[m[1]]), name)
-            for index in itertools.product(*(range(sizes[axis]) for axis in spread))
-        ]
+        ranges = (range(sizes[axis]) for axis in spread)
+        names = [_indexed(name, spread, index) for index in itertools.product(*ranges)]
     return TensorMap(tuple(names), axes, spread, layout, tuple(sizes.items()))
+
+
+def _indexed(name: str, spread: tuple[str, ...], index: tuple[int, ...]) -> str:
+    """The name with an index for each brace: `experts.{experts}.w1` at (3,) -> `experts.3.w1`."""
+    at = dict(zip(spread, index, strict=True))
+    return _BRACE.sub(lambda match: str(at[match[1]]), name)
 
 
 def _split(hf: str | None, path: str, axes: tuple[str, ...]) -> tuple[str, str]:

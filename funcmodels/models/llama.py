@@ -1,0 +1,253 @@
+"""Llama: a pre-norm decoder with rotary embeddings, grouped-query attention and SwiGLU.
+
+Features: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864) with default, linear, dynamic, llama3,
+yarn (arXiv:2309.00071) and longrope (arXiv:2402.13753) scaling, grouped-query attention
+(arXiv:2305.13245), SwiGLU (arXiv:2002.05202), optional biases, tied or untied embeddings.
+Papers: Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783; SmolLM2, arXiv:2502.02737.
+
+Checked with: SmolLM2-135M-Instruct; tiny random `transformers` models for each feature above.
+By config also Llama 2, Llama 3, 3.1, 3.2 (text) and 3.3, and SmolLM2 360M and 1.7B.
+Not supported: quantised checkpoints, attention dropout, partial rotary embeddings,
+`pretraining_tp` above 1 (it changes the order of summation only), activations but SiLU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from einops import einsum
+from torch import Tensor
+
+import funcmodels as fm
+from funcmodels import ops
+from funcmodels.errors import ConfigError
+from funcmodels.models import hf_config
+from funcmodels.models.hf_config import RopeScaling
+
+# Fields of config.json that must have one of these values.
+ONLY = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "pretraining_tp": (1,),
+    "attention_dropout": (0, 0.0),
+    "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,),
+}
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and features, in Hugging Face's spelling; `rope_scaling` as sorted pairs, hashable."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    hf: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                "query heads cannot be grouped over the key-value heads",
+                got=f"num_attention_heads={self.num_attention_heads}, "
+                f"num_key_value_heads={self.num_key_value_heads}",
+                need="num_key_value_heads divides num_attention_heads",
+                fix=f"num_key_value_heads={self.num_attention_heads}",
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                "rotary embeddings turn pairs of dims",
+                got=f"head_dim={self.head_dim}",
+                need="an even head_dim",
+                fix=f"head_dim={self.head_dim + 1}",
+            )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Config:
+        """The config that a `config.json` describes; the mapping is kept as `hf`.
+
+        Raises:
+            ConfigError: a field this file does not know, a value it does not support, or a size
+                that is missing.
+        """
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "max_position_embeddings", "rms_norm_eps")  # fmt: skip
+        known = {f.name for f in fields(cls)} - {"hf"}
+        known |= {*ONLY, *ROPE, "original_max_position_embeddings"}
+        hf_config.check_fields(hf, model="models.llama", known=known)
+        hf_config.check_values(hf, model="models.llama", only=ONLY)
+        hf_config.check_present(hf, model="models.llama", required=sizes)
+        heads = hf["num_attention_heads"]
+        rope_theta, rope_scaling = hf_config.rope_of(hf, model="models.llama")
+        return cls(
+            **{name: hf[name] for name in sizes},
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            attention_bias=bool(hf.get("attention_bias")),
+            mlp_bias=bool(hf.get("mlp_bias")),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings")),
+            hf=hf,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json: the one it was read from, or, where fields differ, one made from them."""
+        if self.hf is not None and Config.from_hf(self.hf) == self:
+            return {"model_type": "llama", **self.hf}
+        kept = {key: v for key, v in (self.hf or {}).items() if key in hf_config.INERT}
+        own = {key: v for key, v in asdict(self).items() if key not in (*ROPE, "hf")}
+        rope = hf_config.rope_to_hf(self.rope_theta, self.rope_scaling)
+        return {**kept, "model_type": "llama", "hidden_act": "silu", **own, **rope}
+
+
+def params(cfg: Config) -> dict[str, Any]:
+    """The parameters of a Llama, with their axes and the names of Hugging Face's checkpoints."""
+    P = fm.axes(
+        vocab=cfg.vocab_size,
+        hidden=cfg.hidden_size,
+        heads=cfg.num_attention_heads,
+        kv_heads=cfg.num_key_value_heads,
+        head_dim=cfg.head_dim,
+        mlp=cfg.intermediate_size,
+    )
+    at = "model.layers.{layers}"
+    attn, mlp = f"{at}.self_attn", f"{at}.mlp"
+    kv = "(kv_heads head_dim)"
+
+    def attention_params() -> dict[str, Any]:
+        weights = {
+            "q": P("heads head_dim hidden", hf=f"{attn}.q_proj.weight: (heads head_dim) hidden"),
+            "k": P("kv_heads head_dim hidden", hf=f"{attn}.k_proj.weight: {kv} hidden"),
+            "v": P("kv_heads head_dim hidden", hf=f"{attn}.v_proj.weight: {kv} hidden"),
+            "o": P("hidden heads head_dim", hf=f"{attn}.o_proj.weight: hidden (heads head_dim)"),
+        }
+        if not cfg.attention_bias:
+            return weights
+        zeros = functools.partial(P, init="zeros")
+        return weights | {
+            "q_bias": zeros("heads head_dim", hf=f"{attn}.q_proj.bias: (heads head_dim)"),
+            "k_bias": zeros("kv_heads head_dim", hf=f"{attn}.k_proj.bias: {kv}"),
+            "v_bias": zeros("kv_heads head_dim", hf=f"{attn}.v_proj.bias: {kv}"),
+            "o_bias": zeros("hidden", hf=f"{attn}.o_proj.bias"),
+        }
+
+    def mlp_params() -> dict[str, Any]:
+        weights = {
+            "gate": P("mlp hidden", hf=f"{mlp}.gate_proj.weight"),
+            "up": P("mlp hidden", hf=f"{mlp}.up_proj.weight"),
+            "down": P("hidden mlp", hf=f"{mlp}.down_proj.weight"),
+        }
+        if not cfg.mlp_bias:
+            return weights
+        return weights | {
+            "gate_bias": P("mlp", init="zeros", hf=f"{mlp}.gate_proj.bias"),
+            "up_bias": P("mlp", init="zeros", hf=f"{mlp}.up_proj.bias"),
+            "down_bias": P("hidden", init="zeros", hf=f"{mlp}.down_proj.bias"),
+        }
+
+    def layer() -> dict[str, Any]:
+        return {
+            "input_norm": P("hidden", init="ones", hf=f"{at}.input_layernorm.weight"),
+            "attn": attention_params(),
+            "post_norm": P("hidden", init="ones", hf=f"{at}.post_attention_layernorm.weight"),
+            "mlp": mlp_params(),
+        }
+
+    tree = {
+        "embed": P("vocab hidden", hf="model.embed_tokens.weight"),
+        "layers": [layer() for _ in range(cfg.num_hidden_layers)],
+        "norm": P("hidden", init="ones", hf="model.norm.weight"),
+    }
+    if not cfg.tie_word_embeddings:
+        tree["head"] = P("vocab hidden", hf="lm_head.weight")
+    return tree
+
+
+@fm.block
+def attention(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cfg: Config):
+    """Grouped-query self-attention with rotary embeddings: (*batch, seq, hidden) -> the same."""
+    q = einsum(x, p["q"], "... e, h d e -> ... h d")  # (*batch, seq, heads, head_dim)
+    k = einsum(x, p["k"], "... e, h d e -> ... h d")  # (*batch, seq, kv_heads, head_dim)
+    v = einsum(x, p["v"], "... e, h d e -> ... h d")  # (*batch, seq, kv_heads, head_dim)
+    if "q_bias" in p:
+        q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
+    scaling = dict(cfg.rope_scaling) if cfg.rope_scaling else None
+    q, k = ops.rope(
+        q,
+        k,
+        positions,
+        theta=cfg.rope_theta,
+        scaling=scaling,
+        max_position=cfg.max_position_embeddings,
+    )
+    o = ops.attention(q, k, v, segment_ids=segment_ids)  # (*batch, seq, heads, head_dim)
+    out = einsum(o, p["o"], "... h d, e h d -> ... e")  # (*batch, seq, hidden)
+    return out + p["o_bias"] if "o_bias" in p else out
+
+
+@fm.block
+def mlp(p: Any, x: Tensor):
+    """SwiGLU feed-forward: (*batch, seq, hidden) -> the same."""
+    gate = einsum(x, p["gate"], "... e, f e -> ... f")  # (*batch, seq, mlp)
+    up = einsum(x, p["up"], "... e, f e -> ... f")  # (*batch, seq, mlp)
+    if "gate_bias" in p:
+        gate, up = gate + p["gate_bias"], up + p["up_bias"]
+    down = einsum(ops.swiglu(gate, up), p["down"], "... f, e f -> ... e")  # (*batch, seq, hidden)
+    return down + p["down_bias"] if "down_bias" in p else down
+
+
+@fm.block
+def decoder_layer(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cfg: Config):
+    """Attention and feed-forward, each on the normalised stream and added to it."""
+    h = ops.rms_norm(x, p["input_norm"], eps=cfg.rms_norm_eps)
+    x = x + attention(p["attn"], h, positions, segment_ids, cfg)
+    h = ops.rms_norm(x, p["post_norm"], eps=cfg.rms_norm_eps)
+    return x + mlp(p["mlp"], h)
+
+
+def forward(
+    params: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    segment_ids: Tensor | None = None,
+    *,
+    cfg: Config,
+) -> Tensor:
+    """Logits (*batch, seq, vocab) of tokens (*batch, seq); also (num_tokens,) -> (.., vocab)."""
+    x = ops.embed(tokens, params["embed"])  # (*batch, seq, hidden)
+    for p in params["layers"]:
+        x = decoder_layer(p, x, positions, segment_ids, cfg)
+    x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
+    head = params["embed"] if cfg.tie_word_embeddings else params["head"]
+    return ops.unembed(x, head)  # (*batch, seq, vocab)
+
+
+def model(cfg: Config) -> fm.Model:
+    """The Llama of a config."""
+    # Old conversions store the rotary table; tied ones may store the shared matrix twice.
+    ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+    return fm.Model(
+        "FmLlamaForCausalLM",
+        config=cfg,
+        params=params(cfg),
+        forward=functools.partial(forward, cfg=cfg),
+        sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"},
+        hf_config=cfg.to_hf(),
+        hf_architectures=("LlamaForCausalLM",),
+        hf_ignored=(*ignored, "lm_head.weight") if cfg.tie_word_embeddings else ignored,
+    )

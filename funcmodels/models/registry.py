@@ -1,0 +1,50 @@
+"""Which zoo file reads which Hugging Face architecture."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+from funcmodels.errors import ConfigError
+from funcmodels.spec import Model
+
+# A name of config.json's `architectures` -> the module whose Config and model() read it.
+ZOO = {
+    "FmLlamaForCausalLM": "funcmodels.models.llama",
+    "LlamaForCausalLM": "funcmodels.models.llama",
+}
+
+
+def load_model(folder: str | Path) -> Model:
+    """The zoo's model for a checkpoint folder, from its config.json; weights stay on disk.
+
+    Args:
+        folder: a Hugging Face folder; `fm.load(model, folder)` then reads its tensors.
+    Raises:
+        ConfigError: no config.json, an architecture that the zoo lacks, or a config that its file
+            does not support.
+    """
+    from funcmodels.atomic import recover  # here: the zoo is otherwise free of file access
+
+    folder = Path(folder)
+    recover(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"no config.json in {folder}",
+            need="a Hugging Face checkpoint folder, as fm.save writes it",
+            fix="pass the folder that holds config.json and the .safetensors files",
+        )
+    hf = json.loads(path.read_text())
+    names = hf.get("architectures") or []
+    module = next((ZOO[name] for name in names if name in ZOO), None)
+    if module is None:
+        raise ConfigError(
+            f"no model of the zoo reads {folder}",
+            got=f"architectures={names}",
+            need=f"one of {', '.join(ZOO)}",
+            fix="declare the model and pass it: fm.load(model, folder)",
+        )
+    zoo = importlib.import_module(module)
+    return zoo.model(zoo.Config.from_hf(hf))
