@@ -23,8 +23,8 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, "heads"] | None = None,
-    alibi_slopes: Float[Tensor, "heads"] | Sequence[float] | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    alibi_slopes: Float[Tensor, " heads"] | Sequence[float] | None = None,
     segment_ids: Int[Tensor, "*batch seq"] | None = None,
 ) -> Float[Tensor, "*batch seq heads dv"]:
     """Softmax attention over the sequence, per head.
@@ -79,7 +79,7 @@ def _per_head(name: str, values: Tensor | None, heads: int, batch: int) -> Tenso
     if values.dim() != 1 or values.shape[0] != heads:
         raise ShapeError(
             f"attention: {name} must hold one value per query head",
-            got=f"{name} {_shape(values)}, {heads} query heads",
+            got=f"{_shapes(**{name: values})}, {heads} query heads",
             need=f"{name} ({heads},)",
             fix=f"{name}.reshape({heads})"
             if values.numel() == heads
@@ -90,11 +90,10 @@ def _per_head(name: str, values: Tensor | None, heads: int, batch: int) -> Tenso
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k and v fit together."""
-    got = f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
     if min(q.dim(), k.dim(), v.dim()) < 3:
         raise ShapeError(
             "attention: q, k and v need a dim for the sequence, the heads and the features",
-            got=got,
+            got=_shapes(q=q, k=k, v=v),
             need="q (*batch, seq, heads, d), k and v (*batch, seq, kv_heads, ...)",
             fix='project with "... e, h d e -> ... h d", or x.unflatten(-1, (heads, -1))',
         )
@@ -113,7 +112,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
         raise ShapeError(
             "attention: q, k and v differ in their batch or sequence dims, or k and v in heads",
-            got=got,
+            got=_shapes(q=q, k=k, v=v),
             need="q (*batch, seq, heads, d), k (*batch, seq, kv_heads, d), "
             "v (*batch, seq, kv_heads, dv)",
             fix="heads come after seq here: q.transpose(-3, -2), and k and v alike"
@@ -123,7 +122,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[-1] != k.shape[-1]:
         raise ShapeError(
             "attention: q and k differ in their last dim",
-            got=got,
+            got=_shapes(q=q, k=k, v=v),
             need="q (..., heads, d) and k (..., kv_heads, d)",
             fix=f"project k to {q.shape[-1]} features per head, or q to {k.shape[-1]}",
         )
@@ -159,7 +158,7 @@ def _check_options(
     if segment_ids is not None and segment_ids.shape != q.shape[:-2]:
         raise ShapeError(
             "attention: segment_ids needs one id per token",
-            got=f"segment_ids {_shape(segment_ids)}, q {_shape(q)}",
+            got=_shapes(segment_ids=segment_ids, q=q),
             need=f"segment_ids {tuple(q.shape[:-2])}",
             fix=f"segment_ids.expand({', '.join(map(str, q.shape[:-2]))})"
             if segment_ids.dim() <= q.dim() - 2
@@ -167,5 +166,6 @@ def _check_options(
         )
 
 
-def _shape(t: Tensor) -> str:
-    return str(tuple(t.shape))
+def _shapes(**tensors: Tensor) -> str:
+    """Names and shapes. Made for a message only: torch.compile cannot follow it."""
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())

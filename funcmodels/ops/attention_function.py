@@ -107,7 +107,7 @@ class AttentionGrad(torch.autograd.Function):
 
 
 def _batched(tensors, in_dims, size: int, full) -> list[Tensor | None]:
-    """Each with the vmapped dim as its first batch dim; where it had none, its size if full, or 1."""
+    """Each with the vmapped dim first; where it had none, expanded if full, or of size 1."""
     result = []
     for t, dim, is_full in zip(tensors, in_dims, full, strict=False):
         if t is None:

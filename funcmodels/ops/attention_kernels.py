@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcmodels.ops import attention_reference as reference
@@ -124,7 +123,11 @@ def _cpu_flash_mask(
 
 def _fold(t: Tensor, width: int) -> Tensor:
     """(*batch, seq, heads, d) -> (n, heads, seq, width), zeros appended, the last dim dense."""
-    t = F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t.contiguous()
+    missing = width - t.shape[-1]
+    if missing:
+        # Not F.pad: it specialises a symbolic sequence length to its example.
+        t = torch.cat((t, t.new_zeros(*t.shape[:-1], missing)), dim=-1)
+    t = t.contiguous()
     return t.reshape(-1, *t.shape[-3:]).transpose(1, 2)
 
 

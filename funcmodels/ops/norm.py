@@ -14,7 +14,7 @@ from funcmodels.ops.primitive import primitive
 @primitive
 def rms_norm(
     x: Float[Tensor, "*batch hidden"],
-    weight: Float[Tensor, "hidden"],
+    weight: Float[Tensor, " hidden"],
     *,
     eps: float,
     offset: float = 0.0,
@@ -47,8 +47,8 @@ def rms_norm(
 @primitive
 def layer_norm(
     x: Float[Tensor, "*batch hidden"],
-    weight: Float[Tensor, "hidden"] | None,
-    bias: Float[Tensor, "hidden"] | None = None,
+    weight: Float[Tensor, " hidden"] | None,
+    bias: Float[Tensor, " hidden"] | None = None,
     *,
     eps: float,
 ) -> Float[Tensor, "*batch hidden"]:

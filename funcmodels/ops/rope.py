@@ -113,11 +113,10 @@ def _rotary_dim(head_dim: int, rotary_dim: int | None, scaling: Mapping[str, obj
 
 def _check(q: Tensor, k: Tensor, positions: Tensor) -> None:
     """q, k and positions fit together."""
-    got = f"q {tuple(q.shape)}, k {tuple(k.shape)}, positions {tuple(positions.shape)}"
     if min(q.dim(), k.dim()) < 3 or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
         raise ShapeError(
             "rope: q and k differ in more than their heads",
-            got=got,
+            got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, positions {tuple(positions.shape)}",
             need="q (*batch, seq, heads, head_dim), k (*batch, seq, kv_heads, head_dim)",
             fix='project both with "... e, h d e -> ... h d", of one head_dim',
         )
@@ -126,7 +125,7 @@ def _check(q: Tensor, k: Tensor, positions: Tensor) -> None:
         sizes = ", ".join(map(str, q.shape[:-2]))
         raise ShapeError(
             "rope: positions needs one place per token",
-            got=got,
+            got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, positions {tuple(positions.shape)}",
             need=f"positions ({sizes})",
             fix="heads come after seq here: q.transpose(-3, -2), and k alike"
             if swapped

@@ -44,7 +44,7 @@ def rope_frequencies(
     max_position: int | None = None,
     seq_len: Tensor | int | None = None,
     device: torch.device | None = None,
-) -> tuple[Float[Tensor, "half"], float]:
+) -> tuple[Float[Tensor, " half"], float]:
     """Radians per position of each rotated pair, and the factor of cos and sin.
 
     inv_freq_i = theta**(-2i / rotary_dim), changed as `scaling` says. Keys with value None count
