@@ -1,0 +1,171 @@
+"""The reference evaluator: a program run node by node, on one rank or on several in lock step.
+
+It is the oracle of every pass, and what `compile_to_torch` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from compiler import collectives
+from compiler.comm import Comm, Simulated
+from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding
+from compiler.placement import Placement, Shard
+from compiler.rules import LocalValues, vocab_embed
+from funcmodels import tree
+
+# What runs a node whose function depends on the rank: (values of one rank, rank, comm) -> value.
+RankFunction = Callable[..., Any]
+RANK_FUNCTIONS: dict[Any, RankFunction] = {}
+
+
+def run(
+    program: Program,
+    weights: dict[str, list[Tensor]],
+    tokens: Tensor,
+    positions: Tensor,
+    comm: Comm | None = None,
+) -> list[Tensor]:
+    """Run a program.
+
+    Args:
+        program: traced, partitioned or after any pass.
+        weights: the local parameters by path, one a rank of `comm`.
+        tokens, positions: int64, of the rank the program was traced with.
+        comm: how ranks reach each other; None for a program of one rank.
+    Returns:
+        The logits, one tensor a rank of `comm`.
+    """
+    comm = comm or Simulated(1)
+    dtype = model_dtype(program, weights)
+    sizes = symbol_sizes(tokens)
+    inputs = [[value for _ in comm.ranks] for value in (tokens, positions)]
+    (logits,) = _Run(program, comm, sizes, dtype).block(program.root, weights, inputs)
+    return logits
+
+
+def symbol_sizes(tokens: Tensor) -> dict[str, int]:
+    """The symbols of a traced program, from the tokens it is run on."""
+    names = ("num_tokens",) if tokens.ndim == 1 else ("batch", "seq")
+    return dict(zip(names, tokens.shape, strict=True))
+
+
+def model_dtype(program: Program, weights: dict[str, list[Tensor]]) -> torch.dtype:
+    """The dtype of the weights that declare none of their own."""
+    for path, param in program.model.by_path.items():
+        if param.dtype is None:
+            return weights[path][0].dtype
+    return torch.float32
+
+
+def local_weights(program: Program, weights: Any, comm: Comm) -> dict[str, list[Tensor]]:
+    """The blocks of a pytree of whole weights that the ranks of `comm` hold, by path."""
+    placements = param_placements(program)
+    out = {}
+    for path, value in tree.items(weights):
+        at = placements.get(path)
+        out[path] = [
+            comm.block(value, rank, at.dim, at.units) if isinstance(at, Shard) else value
+            for rank in comm.ranks
+        ]
+    return out
+
+
+def param_placements(program: Program) -> dict[str, Placement]:
+    """Where each parameter lies, by path, for those that the program uses."""
+    found: dict[str, Placement] = {}
+
+    def visit(block: Block, names: dict[str, str]) -> None:
+        for node in block.graph.nodes:
+            if node.op == "get_attr" and "placement" in node.meta:
+                found[names[str(node.target)]] = node.meta["placement"]
+            if node.op == "call_module":
+                callee = program.blocks[str(node.target)]
+                visit(callee, {inner: names[outer] for inner, outer in binding(node).items()})
+
+    visit(program.root, {name: name for name in program.root.params})
+    return found
+
+
+class _Run:
+    def __init__(
+        self, program: Program, comm: Comm, sizes: dict[str, int], dtype: torch.dtype
+    ) -> None:
+        self.program = program
+        self.comm = comm
+        self.sizes = sizes
+        self.dtype = dtype
+
+    def block(
+        self, block: Block, weights: dict[str, list[Tensor]], inputs: list[list[Any]]
+    ) -> list[list[Tensor]]:
+        """The results of a block, each a list of one value a rank."""
+        env: dict[fx.Node, list[Any]] = {}
+        given = iter(inputs)
+        for node in block.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                env[node] = weights[str(node.target)]
+            elif node.op == "call_module":
+                env[node] = self._call(node, weights, env)
+            elif node.op == "call_function":
+                env[node] = self._function(node, env)
+        return [env[node] for node in block.results]
+
+    def _call(self, node: fx.Node, weights: Any, env: Any) -> list[Any]:
+        callee = self.program.blocks[str(node.target)]
+        bound = {inner: weights[outer] for inner, outer in binding(node).items()}
+        results = self.block(callee, bound, [env[a] for a in node.args])
+        if isinstance(node.meta["type"], tuple):
+            return [tuple(values) for values in zip(*results, strict=True)]
+        return results[0]
+
+    def _function(self, node: fx.Node, env: dict[fx.Node, list[Any]]) -> list[Any]:
+        if node.target in collectives.ALL:
+            x, *args = node.args
+            assert isinstance(x, fx.Node)
+            return self.comm.run(node.target, env[x], tuple(args[:-1]))
+        out = []
+        for i, rank in enumerate(self.comm.ranks):
+            args, kwargs = self.concrete((node.args, node.kwargs), env, i, rank)
+            special = RANK_FUNCTIONS.get(node.target)
+            if special is not None:
+                out.append(special(rank, self.comm, *args, **kwargs))
+            else:
+                out.append(node.target(*args, **kwargs))  # type: ignore[operator]
+        return out
+
+    def concrete(self, args: Any, env: Any, i: int, rank: int) -> Any:
+        """Arguments with nodes, sizes and dtypes as they are on one rank."""
+
+        def one(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return env[leaf][i]
+            if isinstance(leaf, Sym):
+                return leaf.at(self.sizes)
+            if isinstance(leaf, LocalSize):
+                return leaf.at(self.comm.size)
+            if isinstance(leaf, LocalValues):
+                return leaf.at(rank, self.comm.size)
+            return self.dtype if leaf is MODEL_DTYPE else leaf
+
+        return pytree.tree_map(one, fx.node.map_aggregate(args, lambda a: a))
+
+
+def _vocab_embed(
+    rank: int, comm: Comm, tokens: Tensor, table: Tensor, vocab: int, axis: str
+) -> Tensor:
+    """Rows of a rank's part of the vocabulary; zeros where the token is another rank's."""
+    first = vocab // comm.size * rank
+    here = (tokens >= first) & (tokens < first + table.shape[0])
+    rows = torch.nn.functional.embedding(torch.where(here, tokens - first, 0), table)
+    return torch.where(here.unsqueeze(-1), rows, torch.zeros_like(rows))
+
+
+RANK_FUNCTIONS[vocab_embed] = _vocab_embed

@@ -1,0 +1,157 @@
+"""The intermediate representation: one `torch.fx.Graph` a block, with types, lines and placements.
+
+A `Program` is a root block and the blocks it calls. In a block's graph
+
+- a `placeholder` is an activation that comes in,
+- a `get_attr` is a parameter, by its name in the block (`q`, `attn.q` in a caller),
+- a `call_module` calls another block; `meta["binding"]` says which of the caller's parameters are
+  which of the callee's,
+- a `call_function` is a torch function or one of `funcmodels.ops`.
+
+`meta` of each node: "type" (`TensorType`, or a tuple of them), "where" (`SourceLine`), and once
+partitioned "placement". Sizes that are not known when tracing are `Sym`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from funcmodels.spec import Model, Param
+
+# Models are traced in this dtype, which stands for whatever dtype the weights will have: the one
+# floating dtype that model code does not name, so that `x.float()` and `x.to(x.dtype)` stay apart.
+MODEL_DTYPE = torch.float16
+
+
+@dataclass(frozen=True)
+class Sym:
+    """A size known only when running: an expression over a graph's symbols, as `num_tokens`."""
+
+    expr: str
+
+    def __str__(self) -> str:
+        return self.expr
+
+    def at(self, sizes: dict[str, int]) -> int:
+        """The size, given those of the symbols."""
+        return int(eval(self.expr, {"__builtins__": {}}, sizes))  # our own sympy text
+
+
+Size: TypeAlias = "int | Sym"
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Dtype and global shape of a value."""
+
+    dtype: torch.dtype
+    shape: tuple[Size, ...]
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class LocalSize:
+    """A size on one rank: of `units` blocks of `inner` elements, those that the rank holds."""
+
+    units: int
+    inner: int
+    axis: str
+
+    def at(self, parts: int) -> int:
+        return self.inner * max(1, self.units // parts)
+
+    def __str__(self) -> str:
+        whole = f"{self.units}/{self.axis}"
+        return whole if self.inner == 1 else f"{whole}*{self.inner}"
+
+    __repr__ = __str__
+
+
+@dataclass(eq=False)
+class Block:
+    """A function of a parameter subtree, recorded.
+
+    Args:
+        name: unique in the program, a Python identifier: the user's function's name.
+        graph: what it does.
+        params: its parameters by their names in the block.
+        static: the non-tensor arguments it was called with, for printing.
+        function: the user's function.
+    """
+
+    name: str
+    graph: fx.Graph
+    params: dict[str, Param]
+    static: dict[str, Any] = field(default_factory=dict)
+    function: Callable[..., Any] | None = None
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes that the block returns, flat."""
+        return tuple(self.output.args[0])  # type: ignore[arg-type]
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "call_module"]
+
+
+@dataclass(eq=False)
+class Program:
+    """A model as graphs: the root block and every block it reaches, callees before callers."""
+
+    model: Model
+    root: Block
+    blocks: dict[str, Block]
+
+    def all(self) -> Iterator[Block]:
+        yield from self.blocks.values()
+        yield self.root
+
+
+def binding(call: fx.Node) -> dict[str, str]:
+    """Callee's parameter name -> caller's, of a call."""
+    return call.meta["binding"]
+
+
+def tensor_type(node: fx.Node) -> TensorType:
+    """The type of a node that is one tensor."""
+    found = node.meta["type"]
+    assert isinstance(found, TensorType), f"{node} is {found}, not one tensor"
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`model` for the stand-in, torch's own short name otherwise."""
+    return "model" if dtype == MODEL_DTYPE else str(dtype).removeprefix("torch.")
+
+
+def target_name(target: Any) -> str:
+    """How a node's function is written: `ops.attention`, `torch.einsum`, `F.silu`."""
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None) or ""
+    name = getattr(target, "__name__", str(target))
+    if module.startswith("funcmodels.ops"):
+        return f"ops.{name}"
+    if module.startswith("compiler"):
+        return name
+    if getattr(torch.nn.functional, name, None) is target and getattr(torch, name, None) is not target:
+        return f"F.{name}"
+    if getattr(torch.Tensor, name, None) is target:
+        return f"Tensor.{name}"
+    return f"torch.{name}" if getattr(torch, name, None) is target else name

@@ -1,0 +1,164 @@
+"""One spelling for each operation: `x.view(...)`, `x + y`, `x.T` become the torch function.
+
+So that a rule, a pass and an emitter meet each operation once. Every rewrite here gives the same
+values; views become reshapes, since the graph is functional.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcmodels import ops
+
+Call = tuple[Callable[..., Any], tuple, dict]
+
+_BINARY = {
+    "__add__": torch.add,
+    "__sub__": torch.sub,
+    "__mul__": torch.mul,
+    "__truediv__": torch.div,
+    "__div__": torch.div,
+    "__pow__": torch.pow,
+    "__matmul__": torch.matmul,
+    "__floordiv__": torch.floor_divide,
+    "__mod__": torch.remainder,
+    "__and__": torch.logical_and,
+    "__eq__": torch.eq,
+    "__ne__": torch.ne,
+    "__lt__": torch.lt,
+    "__le__": torch.le,
+    "__gt__": torch.gt,
+    "__ge__": torch.ge,
+}
+_REVERSED = {
+    "__radd__": torch.add,
+    "__rsub__": torch.sub,
+    "rsub": torch.sub,
+    "__rmul__": torch.mul,
+    "__rtruediv__": torch.div,
+    "__rdiv__": torch.div,
+    "__rmatmul__": torch.matmul,
+    "__rpow__": torch.pow,
+}
+_SYNONYM = {
+    "multiply": torch.mul,
+    "subtract": torch.sub,
+    "divide": torch.div,
+    "true_divide": torch.div,
+    "negative": torch.neg,
+    "__neg__": torch.neg,
+    "__invert__": torch.logical_not,
+    "absolute": torch.abs,
+    "swapaxes": torch.transpose,
+    "swapdims": torch.transpose,
+    "moveaxis": torch.movedim,
+    "concat": torch.cat,
+    "concatenate": torch.cat,
+    "bmm": torch.matmul,
+    "mm": torch.matmul,
+    "amax": torch.amax,
+    "amin": torch.amin,
+}
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int": torch.int32,
+    "long": torch.int64,
+    "bool": torch.bool,
+}
+# Functions of torch.nn.functional that are another function here.
+_FUNCTIONAL = {F.sigmoid: torch.sigmoid, F.tanh: torch.tanh, F.relu: torch.relu}
+_TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile"}
+_IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu"}
+
+
+def is_identity(func: Any) -> bool:
+    """Whether the operation gives its input back, as far as values go."""
+    return getattr(func, "__name__", "") in _IDENTITY
+
+
+def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
+    """The one spelling of a call that a TorchFunctionMode sees."""
+    name = _name(func)
+    if name in _TAKES_SIZES:
+        args = _packed(args)
+    if name in _REVERSED:
+        return _REVERSED[name], (args[1], args[0]), {}
+    if name in _BINARY:
+        return _BINARY[name], args, kwargs
+    if name in _SYNONYM:
+        return _SYNONYM[name], args, kwargs
+    if name in ("__getitem__", "getitem"):
+        return operator.getitem, args, {}
+    if name in ("view", "reshape"):
+        shape = kwargs["shape"] if "shape" in kwargs else args[1]
+        if isinstance(shape, torch.dtype):
+            return func, args, kwargs
+        return torch.reshape, (args[0], tuple(shape)), {}
+    if name in ("view_as", "reshape_as"):
+        return torch.reshape, (args[0], tuple(args[1].shape)), {}
+    if name in ("T", "mT", "t"):
+        dims = args[0].ndim
+        return (torch.transpose, (args[0], dims - 2, dims - 1), {}) if dims > 1 else (torch.reshape, (args[0], tuple(args[0].shape)), {})
+    if name in _CASTS:
+        return Tensor.to, (args[0], _CASTS[name]), {}
+    if name in ("to", "type", "type_as"):
+        return _cast(func, args, kwargs)
+    if func is F.embedding and len(args) == 2 and not kwargs:
+        return ops.embed, args, {}
+    if func is F.softmax:
+        return _softmax(args, kwargs)
+    if func in _FUNCTIONAL:
+        return _FUNCTIONAL[func], args[:1], {}
+    return _as_torch(func, name), args, kwargs
+
+
+def _name(func: Any) -> str:
+    """The operation's name; of an attribute's getter, the attribute's."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        return getattr(func.__self__, "__name__", name)
+    return name
+
+
+def _as_torch(func: Any, name: str) -> Any:
+    """`torch.name` for a Tensor method that torch also has as a function."""
+    method = getattr(Tensor, name, None)
+    if method is func or type(func).__name__ in ("method_descriptor", "wrapper_descriptor"):
+        function = getattr(torch, name, None)
+        return function if callable(function) else func
+    if getattr(func, "__module__", "") == "torch._tensor":
+        return getattr(torch, name, func)
+    return func
+
+
+def _packed(args: tuple) -> tuple:
+    """`x.view(2, 3)` as `x.view((2, 3))`."""
+    if len(args) > 1 and not isinstance(args[1], (tuple, list, torch.dtype)):
+        return (args[0], tuple(args[1:]))
+    return args
+
+
+def _softmax(args: tuple, kwargs: dict) -> Call:
+    """F.softmax(x, dim, _stacklevel, dtype) as torch.softmax(x, dim, dtype)."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    dtype = kwargs.get("dtype", args[3] if len(args) > 3 else None)
+    return torch.softmax, (args[0], dim), {} if dtype is None else {"dtype": dtype}
+
+
+def _cast(func: Any, args: tuple, kwargs: dict) -> Call:
+    """Casts to a dtype; what else `.to` could mean is left as it is."""
+    other = kwargs.get("dtype", kwargs.get("other", args[1] if len(args) > 1 else None))
+    if isinstance(other, Tensor):
+        other = other.dtype
+    if isinstance(other, torch.dtype):
+        return Tensor.to, (args[0], other), {}
+    return func, args, kwargs

@@ -1,0 +1,304 @@
+"""The global-view program -> the program of one rank along a mesh axis, with explicit collectives.
+
+Placements are propagated forward from the parameters' PartitionSpecs and the rules of
+`compiler.rules`; where an operand lies otherwise than its operation needs it, a collective is put
+in between. Sizes stay symbolic in the number of ranks: one partitioned program serves every
+`tp` that its `needs` allow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from compiler import collectives
+from compiler.ir import Block, Program, TensorType, target_name, tensor_type
+from compiler.names import unique
+from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
+from compiler.rules import TOKENS, Decision, View, decide, is_cut
+from compiler.verify import verify
+from funcmodels.errors import LoweringError
+from funcmodels.sharding import partition_spec
+from funcmodels.source import SourceLine
+from funcmodels.spec import Model
+
+
+@dataclass(frozen=True)
+class Need:
+    """A demand on the number of ranks: it divides `units`, or, unless exact, is a multiple of it."""
+
+    axis: str
+    units: int
+    exact: bool
+    why: str
+    where: SourceLine
+
+    def allows(self, parts: int) -> bool:
+        return self.units % parts == 0 or (not self.exact and parts % self.units == 0)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An operation that had no rule for its operands' placements."""
+
+    block: str
+    node: str
+    operation: str
+    where: SourceLine
+
+
+@dataclass(eq=False)
+class Partitioned(Program):
+    """The program of one rank of mesh axis `axis`."""
+
+    axis: str = "tp"
+    needs: list[Need] = field(default_factory=list)
+    gathered: list[Gathered] = field(default_factory=list)
+
+
+def partition(program: Program, axis: str = "tp", *, strict: bool = False) -> Partitioned:
+    """Partition a program along one mesh axis.
+
+    Args:
+        program: in the global view.
+        axis: the mesh axis.
+        strict: refuse an operation that has no rule, instead of gathering its operands.
+    Raises:
+        LoweringError: with strict, the first operation that has no rule.
+    """
+    return _Partitioner(program, axis, strict).run()
+
+
+class _Partitioner:
+    def __init__(self, program: Program, axis: str, strict: bool) -> None:
+        self.source = program
+        self.axis = axis
+        self.strict = strict
+        self.done: dict[Any, tuple[Block, tuple[Placement, ...]]] = {}
+        self.needs: dict[tuple, Need] = {}
+        self.gathered: list[Gathered] = []
+
+    def run(self) -> Partitioned:
+        start: Placement = Shard(0, 2, TOKENS) if self.axis == TOKENS else REPLICATE
+        root, _ = self.block(self.source.root, (start,) * len(self.source.root.inputs), root=True)
+        blocks = {block.name: block for block, _ in self.done.values() if block is not root}
+        # Where nothing demands a division, a parameter's block may lie on several ranks.
+        exact = {need.axis for need in self.needs.values() if need.exact}
+        for block in (*blocks.values(), root):
+            _sum_over_replicas(block, self.axis, exact)
+        found = Partitioned(
+            self.source.model, root, blocks, self.axis, list(self.needs.values()), self.gathered
+        )
+        verify(found)
+        return found
+
+    def block(
+        self, block: Block, inputs: tuple[Placement, ...], root: bool = False
+    ) -> tuple[Block, tuple[Placement, ...]]:
+        """A block for the given placements of its inputs, and those of its results."""
+        key = (block.name, inputs)
+        if key not in self.done:
+            taken = {b.name for b, _ in self.done.values()}
+            graph, results = _BlockPartitioner(self, block, inputs, root).run()
+            name = unique(block.name, taken)
+            local = Block(name, graph, block.params, block.static, block.function)
+            self.done[key] = (local, results)
+        return self.done[key]
+
+    def need(self, axis: str, units: int, exact: bool, why: str, where: SourceLine) -> None:
+        if axis != TOKENS:
+            self.needs.setdefault((axis, units, exact), Need(axis, units, exact, why, where))
+
+    def note_gather(self, block: Block, node: fx.Node) -> None:
+        name = target_name(node.target)
+        if self.strict:
+            raise LoweringError(
+                f"no sharding rule for {name} over a sharded dim",
+                node=f"{node.format_node()}",
+                from_=node.meta["where"],
+                fix='shard its axis differently, or allow gathering: strict=False',
+            )
+        self.gathered.append(Gathered(block.name, node.name, name, node.meta["where"]))
+
+
+class _BlockPartitioner:
+    """One block: a new graph, with the placement of every value."""
+
+    def __init__(
+        self, whole: _Partitioner, block: Block, inputs: tuple[Placement, ...], root: bool
+    ) -> None:
+        self.whole = whole
+        self.axis = whole.axis
+        self.source = block
+        self.inputs = iter(inputs)
+        self.root = root
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.at: dict[fx.Node, Any] = {}
+        self.moved: dict[tuple[fx.Node, str], fx.Node] = {}
+
+    def run(self) -> tuple[fx.Graph, tuple[Placement, ...]]:
+        for node in self.source.graph.nodes:
+            getattr(self, node.op)(node)
+        return self.graph, tuple(self._result_placement(n) for n in self.source.results)
+
+    def _result_placement(self, node: fx.Node) -> Placement:
+        at = self.at[node]
+        return REPLICATE if isinstance(at, Partial) or self.root and self.axis != TOKENS else at
+
+    # One method for each kind of node
+
+    def placeholder(self, node: fx.Node) -> None:
+        self._put(node, self.graph.placeholder(str(node.target)), next(self.inputs))
+
+    def get_attr(self, node: fx.Node) -> None:
+        model: Model = self.whole.source.model
+        param = self.source.params[str(node.target)]
+        at: Placement = REPLICATE
+        for dim, mesh_axis in enumerate(partition_spec(param, model.table)):
+            if mesh_axis == self.axis:
+                at = Shard(dim, param.shape[dim], param.axes[dim])
+                self.whole.need(
+                    param.axes[dim], param.shape[dim], False, f"{node.target} is sharded", param.where
+                )
+        self._put(node, self.graph.create_node("get_attr", node.target, name=node.name), at)
+
+    def call_module(self, node: fx.Node) -> None:
+        args = list(node.args)
+        placements = tuple(
+            REPLICATE if isinstance(self.at[a], Partial) else self.at[a]  # type: ignore[index]
+            for a in args
+        )
+        callee, results = self.whole.block(self.whole.source.blocks[str(node.target)], placements)
+        new = self.graph.create_node(
+            "call_module",
+            callee.name,
+            tuple(self._as(a, at, node) for a, at in zip(args, placements, strict=True)),  # type: ignore[arg-type]
+            name=node.name,
+        )
+        new.meta["binding"] = node.meta["binding"]
+        single = isinstance(node.meta["type"], TensorType)
+        self._put(node, new, results[0] if single else results)
+
+    def call_function(self, node: fx.Node) -> None:
+        decision, gathered = decide(View(node, self.at, self.axis))
+        if gathered:
+            self.whole.note_gather(self.source, node)
+        for need in decision.needs:
+            self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
+        new = self._local(node, decision)
+        self._put(node, new, decision.output)
+
+    def _local(self, node: fx.Node, decision: Decision) -> fx.Node:
+        """The node on one rank: its operands brought to where the rule wants them."""
+        cut = is_cut(decision.output) and not decision.independent
+
+        def operand(old: fx.Node) -> fx.Node:
+            if not isinstance(old.meta["type"], TensorType):
+                return self.env[old]
+            to = decision.inputs.get(old, self.at[old])
+            new = self._as(old, to, node)
+            floating = tensor_type(old).dtype.is_floating_point
+            if cut and isinstance(to, Replicate) and floating:
+                return self._collective(new, collectives.vary, (), REPLICATE, node)
+            return new
+
+        args = node.args if decision.args is None else decision.args
+        kwargs = node.kwargs if decision.kwargs is None else decision.kwargs
+        target = decision.target or node.target
+        return self.graph.create_node(
+            "call_function",
+            target,
+            fx.node.map_arg(args, operand),
+            fx.node.map_arg(kwargs, operand),
+            name=node.name,
+        )
+
+    def output(self, node: fx.Node) -> None:
+        results = tuple(self._as(r, self._result_placement(r), node) for r in self.source.results)
+        self.graph.output(results)
+
+    # Placements
+
+    def _put(self, old: fx.Node, new: fx.Node, at: Any) -> None:
+        new.meta.update(type=old.meta["type"], where=old.meta["where"], placement=at)
+        self.env[old] = new
+        self.at[old] = at
+
+    def _as(self, old: fx.Node, to: Placement, user: fx.Node) -> fx.Node:
+        """The local node of a value, in the placement a user needs."""
+        new, at = self.env[old], self.at[old]
+        if at == to:
+            return new
+        if isinstance(at, Partial):
+            new, at = self._collective(new, collectives.all_reduce, (), REPLICATE, user), REPLICATE
+        if isinstance(at, Shard):
+            args = (at.dim, at.units)
+            new, at = self._collective(new, collectives.all_gather, args, REPLICATE, user), REPLICATE
+        if isinstance(to, Shard):
+            new = self._collective(new, collectives.take_block, (to.dim, to.units), to, user)
+        assert not isinstance(to, Partial), "nothing is made partial on purpose"
+        return new
+
+    def _collective(
+        self, x: fx.Node, target: Any, args: tuple, at: Placement, user: fx.Node
+    ) -> fx.Node:
+        """A collective of a value, the same one for all who need it."""
+        key = (x, f"{target.__name__}{args}")
+        if key not in self.moved:
+            new = self.graph.call_function(target, (x, *args, self.axis))
+            new.meta.update(type=x.meta["type"], where=user.meta.get("where", x.meta["where"]))
+            new.meta["placement"] = at
+            self.moved[key] = new
+        return self.moved[key]
+
+
+def _sum_over_replicas(block: Block, axis: str, exact: set[str]) -> None:
+    """Mark parameters of which a block may lie on several ranks: their gradients are summed."""
+    for node in list(block.graph.nodes):
+        at = node.meta.get("placement")
+        if node.op != "get_attr" or not isinstance(at, Shard) or at.axis in exact:
+            continue
+        users = list(node.users)
+        with block.graph.inserting_after(node):
+            new = block.graph.call_function(collectives.replica_sum, (node, at.units, axis))
+        new.meta.update(node.meta)
+        for user in users:
+            user.replace_input_with(node, new)
+
+
+def check_tokens_apart(program: Program) -> None:
+    """Refuse a program whose tokens depend on each other otherwise than through attention.
+
+    The engine's batch holds tokens of many requests, and when decoding, one of each; only
+    attention finds a request's earlier tokens there, in the KV cache. A mean over the sequence
+    would be taken over strangers, without an error. The check is the sharding rules' own: cut the
+    batch by tokens, and nothing may need a collective.
+
+    Raises:
+        LoweringError: names the operation and the user's line.
+    """
+    local = partition(program, TOKENS)
+    for block in local.all():
+        for node in block.graph.nodes:
+            mixing = node.target in collectives.ALL and node.target is not collectives.vary
+            if node.op == "call_function" and mixing:
+                raise _mixes(node)
+    results = [n.meta.get("placement") for n in local.root.results]
+    if not all(isinstance(at, Shard) and at.dim == 0 for at in results):
+        raise _mixes(local.root.results[0])
+
+
+def _mixes(node: fx.Node) -> LoweringError:
+    user = next(iter(node.users), node)
+    shown = user if user.op == "call_function" else node.all_input_nodes[0] if node.args else node
+    return LoweringError(
+        f"{target_name(shown.target)} makes tokens depend on each other, or on where they are in the batch",
+        got="in the engine, the tokens beside each other belong to different requests",
+        need="token-wise operations; ops.attention is the one that looks at other tokens",
+        from_=node.meta["where"],
+        fix="use ops.attention, and `positions` for what depends on the place in the sequence",
+    )
+

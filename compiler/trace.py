@@ -1,0 +1,317 @@
+"""A model's forward function and declarations -> a `Program`, without allocating anything.
+
+The function runs once, on fake tensors with a symbolic number of tokens, under a
+`TorchFunctionMode` that writes down each torch function and each op of `funcmodels.ops`. Calls of
+`@block` functions stay calls: each distinct (function, shapes, static arguments) is recorded the
+first time, and later calls only bind their parameters to it. So the cost does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from compiler import refuse
+from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType
+from compiler.names import argument_names, name_by_users_variables, unique
+from compiler.normalize import is_identity, normalize
+from compiler.verify import verify
+from funcmodels.block import set_tracer
+from funcmodels import tree
+from funcmodels.source import users_line
+from funcmodels.spec import Model, Param
+
+# Symbolic sizes need an example. A program that branches on it is refused, so it never matters.
+_EXAMPLES = {"num_tokens": 499, "batch": 467, "seq": 499}
+
+
+def trace(model: Model, *, batched: bool = False) -> Program:
+    """Record a model's forward function as a program.
+
+    Args:
+        model: the model.
+        batched: whether tokens are (batch, seq), or vLLM's flat (num_tokens,).
+    Raises:
+        TraceError: the function is not a pure function of its arguments that can be recorded, or
+            does not return logits; each error names the user's line.
+    """
+    return _Tracer(model, ("batch", "seq") if batched else ("num_tokens",)).run()
+
+
+class _Scope:
+    """The block being recorded: its graph, and what it may use."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.nodes: dict[int, fx.Node] = {}  # id of a tensor -> the node that made it
+        self.params: dict[str, Param] = {}
+        self.param_names: dict[int, str] = {}  # id of a parameter -> its name in this block
+        self.keep: list[Tensor] = []  # an id is unique only while its tensor lives
+
+    def bind(self, value: Tensor, node: fx.Node) -> None:
+        self.nodes[id(value)] = node
+        self.keep.append(value)
+
+    def own(self, value: Tensor, name: str, param: Param) -> None:
+        self.params[name] = param
+        self.param_names[id(value)] = name
+        self.keep.append(value)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A block's recording: with the tensors it returned, and how they form its result."""
+
+    block: Block
+    tensors: list[Tensor]
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+
+class _Tracer(TorchFunctionMode):
+    """Runs the user's function and writes down what it does."""
+
+    def __init__(self, model: Model, dims: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.dims = dims
+        self.shapes = ShapeEnv()
+        self.fake = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self.scopes: list[_Scope] = []
+        self.recorded: dict[Any, _Recorded] = {}
+        self.paths: dict[int, str] = {}  # id of a parameter -> its path
+        self.symbols: dict[str, str] = {}  # torch's symbol -> our name
+        self.guards = 0
+
+    # The run
+
+    def run(self) -> Program:
+        scope = _Scope()
+        self.scopes.append(scope)
+        tokens, positions = self._inputs()
+        with self.fake:
+            params = tree.map_with_path(self._parameter, self.model.params)
+            for name, value in (("tokens", tokens), ("positions", positions)):
+                scope.bind(value, self._node("placeholder", name, value))
+            before = set_tracer(self)
+            try:
+                with self:
+                    logits = self._call(self.model.forward, (params, tokens, positions), {})
+            finally:
+                set_tracer(before)
+        refuse.wrong_result(self.model.forward, logits, tokens)
+        self._return([self._node_of(logits, self.model.forward)])
+        root = Block("forward", scope.graph, scope.params, function=self.model.forward)
+        name_by_users_variables(root)
+        program = Program(self.model, root, {r.block.name: r.block for r in self.recorded.values()})
+        verify(program)
+        return program
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        """Fake tokens and positions of one symbolic shape."""
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(self.dims))
+        real = torch.empty([_EXAMPLES[dim] for dim in self.dims], dtype=torch.int64)
+        tokens = self.fake.from_tensor(real, symbolic_context=context)
+        for size, name in zip(tokens.shape, self.dims, strict=True):
+            self.symbols[str(size.node.expr)] = name  # type: ignore[attr-defined]
+        with self.fake:
+            return tokens, torch.empty_like(tokens)
+
+    def _parameter(self, path: str, param: Param) -> Tensor:
+        """A fake of its own for each parameter: identity is what tells them apart."""
+        meta = torch.empty(param.shape, dtype=param.dtype or MODEL_DTYPE, device="meta")
+        value = FakeTensor(self.fake, meta, torch.device("cpu"))
+        self.paths[id(value)] = path
+        self.scopes[-1].own(value, path, param)
+        return value
+
+    def _call(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Call a function of the user's; what it must not do becomes our error."""
+        before = pytree.tree_leaves((args, kwargs))
+        try:
+            result = fn(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            raise refuse.branch_on_value(error) from error
+        self._check_branches()
+        refuse.mutated_tree(fn, before, pytree.tree_leaves((args, kwargs)))
+        return result
+
+    def _check_branches(self) -> None:
+        """A guard that no operation made was made by the user's Python: a branch on a size."""
+        if len(self.shapes.guards) > self.guards:
+            raise refuse.branch_on_size(self.shapes.guards[self.guards].expr, self.symbols)
+
+    # Nodes
+
+    def _node(self, op: str, target: Any, value: Any, args: tuple = (), kwargs: Any = None) -> fx.Node:
+        node = self.scopes[-1].graph.create_node(op, target, args, kwargs or {})
+        node.meta["where"] = users_line()
+        node.meta["type"] = pytree.tree_map_only(Tensor, self._type, value)
+        return node
+
+    def _type(self, value: Tensor) -> TensorType:
+        return TensorType(value.dtype, tuple(self._size(n) for n in value.shape))
+
+    def _size(self, n: Any) -> Any:
+        """An int, or a symbolic size's expression in the names of the model's dims."""
+        if not isinstance(n, torch.SymInt):
+            return n
+        expr = n.node.expr
+        if expr.is_Integer:
+            return int(expr)
+        return Sym(str(expr.subs({s: self.symbols[str(s)] for s in expr.free_symbols})))
+
+    def _node_of(self, value: Tensor, user: Any) -> fx.Node:
+        """The node that made a tensor, in the block being recorded."""
+        scope = self.scopes[-1]
+        node = scope.nodes.get(id(value))
+        if node is not None:
+            return node
+        if (name := scope.param_names.get(id(value))) is not None:
+            node = self._node("get_attr", name, value)
+            scope.bind(value, node)
+            return node
+        if (path := self.paths.get(id(value))) is not None:
+            raise refuse.closure(f"the parameter {path}", user)
+        if any(id(value) in outer.nodes for outer in self.scopes[:-1]):
+            raise refuse.closure("a value of the calling function", user)
+        raise refuse.global_tensor(value, user)
+
+    def _as_nodes(self, args: Any, user: Any) -> Any:
+        """Arguments, with tensors as nodes and symbolic sizes as `Sym`s."""
+
+        def one(leaf: Any) -> Any:
+            return self._node_of(leaf, user) if isinstance(leaf, Tensor) else self._size(leaf)
+
+        return fx.node.map_aggregate(args, one)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._check_branches()
+        refuse.impure(func, args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            raise refuse.branch_on_value(error) from error
+        self.guards = len(self.shapes.guards)  # what the operation itself assumes is no branch
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
+            return out
+        if is_identity(func):
+            out = out.detach()
+            self.scopes[-1].bind(out, self._node_of(args[0], func))
+            return out
+        out = self._with_own_identity(out, args, kwargs)
+        target, args, kwargs = normalize(func, args, kwargs)
+        if target is torch.reshape:
+            args = (args[0], _inferred(args[1]))
+        args, kwargs = self._as_nodes(args, func), self._as_nodes(kwargs, func)
+        self._bind(self._node("call_function", target, out, args, kwargs), out)
+        return out
+
+    def _with_own_identity(self, out: Any, args: Any, kwargs: Any) -> Any:
+        """A result that is one of the arguments itself becomes an object of its own."""
+        given = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        return pytree.tree_map_only(Tensor, lambda t: t.detach() if id(t) in given else t, out)
+
+    def _bind(self, node: fx.Node, out: Any) -> None:
+        """One tensor is its node; several are taken out of it by index."""
+        scope = self.scopes[-1]
+        if isinstance(out, Tensor):
+            scope.bind(out, node)
+            return
+        for i, value in enumerate(out):
+            part = self._node("call_function", operator.getitem, value, (node, i))
+            scope.bind(value, part)
+
+    def _return(self, nodes: list[fx.Node]) -> None:
+        self.scopes[-1].graph.output(tuple(nodes))
+
+    # Blocks
+
+    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Record a block the first time it is called in this way, and a call of it every time."""
+        self._check_branches()
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (fn, spec, tuple(self._describe(leaf, fn) for leaf in leaves))
+        if key not in self.recorded:
+            self.recorded[key] = self._record(fn, leaves, spec)
+        found = self.recorded[key]
+        scope = self.scopes[-1]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = tuple(self._node_of(t, fn) for t in tensors if id(t) not in self.paths)
+        owned = [self._own_name(t, fn) for t in tensors if id(t) in self.paths]
+        with torch._C.DisableTorchFunction():
+            results = [t.detach() for t in found.tensors]
+        single = len(results) == 1
+        call = self._node("call_module", found.block.name, results[0] if single else tuple(results), inputs)
+        call.meta["binding"] = dict(zip(found.block.params, owned, strict=True))
+        self._bind(call, results[0] if single else results)
+        scope.keep.extend(results)
+        rest = iter(results)
+        out = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in found.leaves]
+        return pytree.tree_unflatten(out, found.spec)
+
+    def _own_name(self, value: Tensor, fn: Any) -> str:
+        """The name of a parameter in the block being recorded."""
+        name = self.scopes[-1].param_names.get(id(value))
+        if name is None:
+            raise refuse.closure(f"the parameter {self.paths[id(value)]}", fn)
+        return name
+
+    def _describe(self, leaf: Any, fn: Callable[..., Any]) -> Any:
+        """What of an argument decides whether two calls are of one block."""
+        if isinstance(leaf, Tensor):
+            path = self.paths.get(id(leaf))
+            if path is None:
+                return (leaf.dtype, tuple(map(str, leaf.shape)))
+            param = self.model.by_path[path]
+            return (param.axes, param.shape, param.dtype, self.model.specs[path], param.hf)
+        try:
+            hash(leaf)
+        except TypeError:
+            raise refuse.unhashable(leaf, fn) from None
+        return (type(leaf), leaf)
+
+    def _record(self, fn: Callable[..., Any], leaves: list[Any], spec: Any) -> _Recorded:
+        """Run a block's function once, on the tensors of its first call."""
+        scope = _Scope()
+        self.scopes.append(scope)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        static: dict[str, Any] = {}
+        for name, leaf in zip(argument_names(fn, args, kwargs), leaves, strict=True):
+            path = self.paths.get(id(leaf))
+            if path is not None:
+                scope.own(leaf, name, self.model.by_path[path])
+            elif isinstance(leaf, Tensor):
+                scope.bind(leaf, self._node("placeholder", name.replace(".", "_"), leaf))
+            else:
+                static[name] = leaf
+        out, out_spec = pytree.tree_flatten(self._call(fn, args, kwargs))
+        tensors = [t for t in out if isinstance(t, Tensor)]
+        self._return([self._node_of(t, fn) for t in tensors])
+        self.scopes.pop()
+        taken = {r.block.name for r in self.recorded.values()} | {"forward"}
+        block = Block(unique(fn.__name__, taken), scope.graph, scope.params, static, fn)
+        name_by_users_variables(block)
+        return _Recorded(block, tensors, out, out_spec)
+
+
+def _inferred(shape: tuple) -> tuple:
+    """A reshape's sizes, with its one symbolic size left to torch: -1."""
+    if sum(isinstance(n, torch.SymInt) for n in shape) == 1 and -1 not in shape:
+        return tuple(-1 if isinstance(n, torch.SymInt) else n for n in shape)
+    return shape

@@ -1,0 +1,64 @@
+"""What a program must obey at every stage; a breach is a bug of the compiler, named as such."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from compiler.ir import Block, Program, TensorType
+from funcmodels.errors import VerifyError
+
+_OPS = {"placeholder", "get_attr", "call_function", "call_module", "output"}
+
+
+def verify(program: Program) -> None:
+    """Check every block: operations, types, lines, parameters and the calls between blocks.
+
+    Raises:
+        VerifyError: names the block, the node and the rule.
+    """
+    for block in program.all():
+        block.graph.lint()
+        for node in block.graph.nodes:
+            _check_node(program, block, node)
+        if not block.results:
+            raise VerifyError(f"block {block.name} returns nothing")
+
+
+def _check_node(program: Program, block: Block, node: fx.Node) -> None:
+    def fail(rule: str) -> VerifyError:
+        return VerifyError(f"{block.name}.{node.name}: {rule}", from_=node.meta.get("where"))
+
+    if node.op not in _OPS:
+        raise fail(f"{node.op} is no operation of this representation")
+    if node.op == "output":
+        return
+    if "type" not in node.meta or "where" not in node.meta:
+        raise fail("a node has no type or no source line")
+    types = node.meta["type"]
+    for type_ in types if isinstance(types, (tuple, list)) else (types,):
+        if not isinstance(type_, TensorType) or not isinstance(type_.dtype, torch.dtype):
+            raise fail(f"{type_!r} is no tensor type")
+    if node.op == "get_attr" and node.target not in block.params:
+        raise fail(f"{node.target} is no parameter of the block")
+    if node.op == "call_function" and not callable(node.target):
+        raise fail(f"{node.target!r} is no function")
+    if node.op == "call_module":
+        _check_call(program, block, node, fail)
+
+
+def _check_call(program: Program, block: Block, node: fx.Node, fail: object) -> None:
+    assert callable(fail)
+    callee = program.blocks.get(str(node.target))
+    if callee is None:
+        raise fail(f"calls {node.target}, which is no block")
+    if len(node.args) != len(callee.inputs):
+        raise fail(f"gives {len(node.args)} arguments to {callee.name}({len(callee.inputs)})")
+    bound = node.meta["binding"]
+    if set(bound) != set(callee.params):
+        raise fail(f"binds {sorted(bound)}, but {callee.name} has {sorted(callee.params)}")
+    for inner, outer in bound.items():
+        if outer not in block.params:
+            raise fail(f"binds {inner} to {outer}, which is no parameter here")
+        if block.params[outer].shape != callee.params[inner].shape:
+            raise fail(f"binds {inner} to {outer} of another shape")
