@@ -22,6 +22,8 @@ from funcmodels import tree
 # What runs a node whose function depends on the rank: (values of one rank, rank, comm) -> value.
 RankFunction = Callable[..., Any]
 RANK_FUNCTIONS: dict[Any, RankFunction] = {}
+# And one that needs all ranks at once: (comm, [(args, kwargs) of each rank]) -> [value of each].
+GROUP_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def run(
@@ -132,8 +134,13 @@ class _Run:
             assert isinstance(x, fx.Node)
             return self.comm.run(node.target, env[x], tuple(args[:-1]))
         out = []
-        for i, rank in enumerate(self.comm.ranks):
-            args, kwargs = self.concrete((node.args, node.kwargs), env, i, rank)
+        calls = [
+            self.concrete((node.args, node.kwargs), env, i, rank)
+            for i, rank in enumerate(self.comm.ranks)
+        ]
+        if node.target in GROUP_FUNCTIONS:
+            return GROUP_FUNCTIONS[node.target](self.comm, calls)
+        for rank, (args, kwargs) in zip(self.comm.ranks, calls, strict=True):
             special = RANK_FUNCTIONS.get(node.target)
             if special is not None:
                 out.append(special(rank, self.comm, *args, **kwargs))

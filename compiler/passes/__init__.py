@@ -1,0 +1,37 @@
+"""The passes that lower a partitioned program to vLLM's layers, in their order."""
+
+from __future__ import annotations
+
+from compiler.ir import Program
+from compiler.passes.cancel_reshapes import cancel_reshapes
+from compiler.passes.drop_gradients import drop_gradients
+from compiler.passes.flatten_heads import flatten_heads
+from compiler.passes.fuse_bias import fuse_bias
+from compiler.passes.fuse_gate_up import fuse_gate_up
+from compiler.passes.fuse_qkv import fuse_qkv
+from compiler.passes.lower_linear import lower_linear
+from compiler.passes.lower_vocab import lower_vocab
+from compiler.passes.silu_and_mul import silu_and_mul
+from compiler.rewrite import ProgramPass, dce, on_blocks
+from compiler.verify import verify
+
+PIPELINE: tuple[ProgramPass, ...] = (
+    on_blocks(drop_gradients),
+    on_blocks(lower_linear),
+    on_blocks(fuse_bias),
+    on_blocks(silu_and_mul),
+    on_blocks(fuse_gate_up),
+    on_blocks(fuse_qkv),
+    on_blocks(flatten_heads),
+    on_blocks(cancel_reshapes),
+    on_blocks(lower_vocab),
+    on_blocks(dce),
+)
+
+
+def run_passes(program: Program) -> Program:
+    """The program after every pass, verified between them."""
+    for run in PIPELINE:
+        program = run(program)
+        verify(program)
+    return program

@@ -1,0 +1,19 @@
+"""Serving takes no gradients: nodes that only shape them go."""
+
+from __future__ import annotations
+
+from compiler import collectives
+from compiler.ir import Block
+from compiler.rewrite import calls_of, replace_with
+
+
+def drop_gradients(block: Block) -> Block:
+    """Remove `vary` and `replica_sum`, which give their input back.
+
+        h2 = vary(h, "tp"); q = einsum("...e,hde->...hd", h2, p.q)
+    ->
+        q = einsum("...e,hde->...hd", h, p.q)
+    """
+    for node in calls_of(block, collectives.vary, collectives.replica_sum):
+        replace_with(block, node, node.args[0])  # type: ignore[arg-type]
+    return block

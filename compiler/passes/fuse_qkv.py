@@ -1,0 +1,115 @@
+"""The query, key and value projections of an attention -> one linear and a split."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from compiler import layers
+from compiler.ir import Block, LocalSize, TensorType, tensor_type
+from compiler.placement import Shard
+from compiler.rewrite import calls_of, insert, is_call, replace_with
+from funcmodels import ops
+
+
+def fuse_qkv(block: Block) -> Block:
+    """Merge the three column-parallel projections that end in one attention.
+
+        q = linear(h, [p.q]); k = linear(h, [p.k]); v = linear(h, [p.v])
+    ->
+        qkv = linear(h, [p.q, p.k, p.v], kind="qkv")
+        q, k, v = split(qkv, [heads/tp*64, kv_heads/tp*64, kv_heads/tp*64], dim=-1)
+
+    This is also the layer that replicates KV heads where there are fewer than ranks.
+    """
+    for node in calls_of(block, ops.attention):
+        found = [_projection(a) for a in node.args[:3]]
+        if all(found) and _mergeable(found):  # type: ignore[arg-type]
+            _merge(block, found)  # type: ignore[arg-type]
+    return block
+
+
+def _projection(value: object) -> fx.Node | None:
+    """The linear that a value comes from: through rope, norms, reshapes, each its first operand."""
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        if value.target is layers.linear:
+            return value
+        if value.target is operator.getitem and is_call(value.args[0], ops.rope):
+            value = value.args[0].args[value.args[1]]  # type: ignore[union-attr,index]
+        elif value.target in (torch.reshape, ops.rms_norm, ops.layer_norm, torch.mul, torch.add):
+            value = value.args[0]
+        else:
+            return None
+    return None
+
+
+def _mergeable(found: list[fx.Node]) -> bool:
+    """Whether the three are column-parallel linears of one input that the engine's layer covers."""
+    q, k, v = found
+    if len({q, k, v}) < 3 or any(n.kwargs["kind"] != "column" for n in found):
+        return False
+    if any(n.args[0] is not q.args[0] for n in found) or len({bool(n.args[2]) for n in found}) > 1:
+        return False
+    units = [n.meta["placement"].units for n in found]
+    widths = [_width(n) for n in found]
+    return units[1] == units[2] and widths[0] == widths[1] and all(
+        n.kwargs["matrices"][0].out_dims[0] == n.args[1][0].meta["placement"].dim for n in found  # type: ignore[index,union-attr]
+    )
+
+
+def _width(node: fx.Node) -> int:
+    """Features of one head."""
+    features = tensor_type(node).shape[1]
+    assert isinstance(features, int)
+    return features // node.meta["placement"].units
+
+
+def _merge(block: Block, found: list[fx.Node]) -> None:
+    order = {n: i for i, n in enumerate(block.graph.nodes)}
+    first = min(found, key=order.__getitem__)
+    for node in found:  # parameters can be read as early as anyone wants
+        for param in (*node.args[1], *node.args[2]):  # type: ignore[misc]
+            if order[param] > order[first]:
+                first.prepend(param)
+    tokens = tensor_type(first).shape[0]
+    dtype = tensor_type(first).dtype
+    features = [tensor_type(n).shape[1] for n in found]
+    qkv = insert(
+        block,
+        first,
+        layers.linear,
+        (
+            first.args[0],
+            tuple(w for n in found for w in n.args[1]),  # type: ignore[union-attr]
+            tuple(b for n in found for b in n.args[2]),  # type: ignore[union-attr]
+        ),
+        {"kind": "qkv", "matrices": tuple(m for n in found for m in n.kwargs["matrices"])},  # type: ignore[union-attr]
+        type=TensorType(dtype, (tokens, sum(features))),  # type: ignore[arg-type]
+        name="qkv",
+    )
+    sizes = tuple(LocalSize(n.meta["placement"].units, _width(n), "tp") for n in found)
+    placements = tuple(Shard(1, n.meta["placement"].units, n.meta["placement"].axis) for n in found)
+    parts = insert(
+        block,
+        first,
+        torch.split,
+        (qkv, sizes),
+        {"dim": -1},
+        type=tuple(TensorType(dtype, (tokens, f)) for f in features),
+        placement=placements,
+        name="split_qkv",
+    )
+    for i, (node, name) in enumerate(zip(found, "qkv", strict=True)):
+        part = insert(
+            block,
+            first,
+            operator.getitem,
+            (parts, i),
+            type=tensor_type(node),
+            placement=placements[i],
+            like=node,
+            name=name,
+        )
+        replace_with(block, node, part)
