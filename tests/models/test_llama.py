@@ -94,8 +94,8 @@ def compare(hf: dict[str, Any], dtype: torch.dtype, length: int) -> None:
     exact = fm.tree.map(torch.Tensor.float, weights)
     exact_logits, exact_grads = ours(model, exact, tokens)
     assert error(logits, exact_logits) < 1.3 * error(peer_logits, exact_logits) < 0.05
-    # One tensor's ratio is noise: 0.3 to 2.9 over 36 draws, most for the small biases; the mean over
-    # the tensors is not. There each kind of tensor averaged 1.00 to 1.05.
+    # One tensor's ratio is noise, 0.3 to 2.9 over 36 draws, most for the small biases; the mean
+    # over the tensors is not: each kind of tensor averaged 1.00 to 1.05 there.
     ratios = {n: error(g, exact_grads[n]) / error(peer_grads[n], exact_grads[n])
               for n, g in grads.items()}  # fmt: skip
     assert statistics.geometric_mean(ratios.values()) < 1.3
@@ -248,8 +248,9 @@ def test_config_refuses(case):
 
 
 def test_inert_fields_are_accepted():
-    hf = {**HF, "use_cache": True, "bos_token_id": 1, "torch_dtype": "bfloat16", "is_llama_config": True,
-          "rope_interleaved": False, "transformers.js_config": {}, "sliding_window": None}  # fmt: skip
+    hf = {**HF, "use_cache": True, "bos_token_id": 1, "torch_dtype": "bfloat16",
+          "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {},
+          "sliding_window": None}  # fmt: skip
     assert llama.Config.from_hf(hf) == llama.Config.from_hf(HF)
 
 
