@@ -77,7 +77,7 @@ def logprobs(model: Model, weights: Any, tokens: Prompts) -> Any:
     rows, is_single = _rows(tokens)
     out = []
     for row, logits in zip(rows, _logits(model, weights, rows), strict=True):
-        chosen = torch.tensor(row[1:], device=logits.device)[:, None]
+        chosen = torch.tensor(row[1:], dtype=torch.long, device=logits.device)[:, None]
         each = logits[: len(row) - 1].float().log_softmax(-1)  # (seq - 1, vocab)
         out.append(each.gather(-1, chosen)[:, 0].cpu())
     return out[0] if is_single else out

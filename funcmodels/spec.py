@@ -196,19 +196,18 @@ class Model:
 
 
 def _check_forward(forward: Callable[..., Any]) -> None:
-    """The arguments of forward, by position: three, and segment_ids with a default."""
-    names = list(inspect.signature(forward).parameters.values())
-    if (
-        len(names) < 4
-        or names[3].default is inspect.Parameter.empty
-        or any(p.default is inspect.Parameter.empty for p in names[4:])
-    ):
+    """Forward can be called with three arguments by position, and with segment_ids as a fourth."""
+    signature = inspect.signature(forward)
+    try:
+        signature.bind(None, None, None)
+        signature.bind(None, None, None, None)
+    except TypeError:
         raise DeclarationError(
             f"{getattr(forward, '__name__', 'forward')} does not take what a model takes",
-            got=f"({', '.join(p.name for p in names)})",
+            got=str(signature),
             need="(params, tokens, positions, segment_ids=None)",
             fix="def forward(params, tokens, positions, segment_ids=None): ...",
-        )
+        ) from None
 
 
 def _check_names(maps: dict[str, TensorMap], params: dict[str, Param]) -> None:

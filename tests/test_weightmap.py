@@ -1,0 +1,87 @@
+"""The weight map is a bijection: random axes, orders, groupings and spread axes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from funcmodels.weightmap import tensor_map
+
+AXES = ("a", "b", "c", "d")
+
+
+@st.composite
+def maps(draw):
+    """A weight map and the shape of its parameter."""
+    axes = tuple(draw(st.permutations(AXES)))[: draw(st.integers(0, 4))]
+    shape = tuple(draw(st.integers(1, 4)) for _ in axes)
+    spread = tuple(axis for axis in axes if draw(st.booleans()))
+    left = draw(st.permutations([axis for axis in axes if axis not in spread]))
+    name = ".".join(["w", *(f"{{{axis}}}" for axis in draw(st.permutations(spread)))])
+    return tensor_map(f"{name}: {grouped(draw, left)}", "w", axes, shape, "here"), shape
+
+
+def grouped(draw, axes) -> str:
+    """An einops pattern of the axes, some neighbours in one pair of parentheses."""
+    groups: list[list[str]] = []
+    for axis in axes:
+        if groups and draw(st.booleans()):
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    return " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in groups)
+
+
+@settings(max_examples=200, deadline=None)
+@given(maps())
+def test_round_trip(drawn):
+    map_, shape = drawn
+    value = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    tensors = map_.from_param(value)
+    assert len({*map_.names}) == len(map_.names) == len(tensors)
+    assert all(tuple(t.shape) == map_.tensor_shape() for t in tensors)
+    assert torch.equal(map_.to_param(tensors), value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(maps(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_filling_in_any_order_gives_the_parameter(drawn, dtype):
+    map_, shape = drawn
+    value = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    tensors = map_.from_param(value)
+    out = torch.full(shape, -1.0, dtype=dtype)
+    for index in reversed(range(len(tensors))):
+        map_.fill(out, index, tensors[index])
+    assert torch.equal(out, value.to(dtype))
+
+
+def test_names_follow_row_major_order_of_the_axes():
+    map_ = tensor_map("w.{b}.{a}: c", "w", ("a", "c", "b"), (2, 3, 2), "here")
+    assert map_.names == ("w.0.0", "w.1.0", "w.0.1", "w.1.1")
+    value = torch.arange(12.0).reshape(2, 3, 2)
+    for name, tensor in zip(map_.names, map_.from_param(value), strict=True):
+        b, a = map(int, name.split(".")[1:])
+        assert torch.equal(tensor, value[a, :, b])
+
+
+@pytest.mark.parametrize(
+    ("hf", "path", "name"),
+    [
+        ("model.layers.{layers}.w", "layers.3.attn.w", "model.layers.3.w"),
+        ("h.{layers}.e.{experts}.w", "layers.3.experts.11.w", "h.3.e.11.w"),
+        (None, "layers.3.attn.w", "layers.3.attn.w"),
+    ],
+)
+def test_braces_take_the_index_of_the_enclosing_list(hf, path, name):
+    map_ = tensor_map(hf, path, ("a",), (2,), "here")
+    assert map_.names == (name,)
+    assert map_.is_identity
+
+
+def test_torch_linear_layout():
+    map_ = tensor_map("w: (h d) e", "w", ("h", "d", "e"), (2, 3, 4), "here")
+    value = torch.randn(2, 3, 4)
+    assert torch.equal(map_.from_param(value)[0], value.reshape(6, 4))
+    assert not map_.is_identity
