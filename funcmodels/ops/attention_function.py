@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funcmodels.ops import attention_kernels as kernels
 from funcmodels.ops import attention_reference as reference
@@ -41,8 +44,12 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, q_t, k_t, v_t, sinks_t, slopes_t, *_):
         *x, segment_ids = ctx.saved_tensors
-        t = Inputs(q_t, k_t, v_t, sinks_t, slopes_t)
-        return reference.jvp(Inputs(*x), t, segment_ids, ctx.rules), None
+        with _outer_tangents():
+            x, t = (
+                Inputs(*map(_primal, x)),
+                Inputs(*map(_primal, (q_t, k_t, v_t, sinks_t, slopes_t))),
+            )
+            return reference.jvp(x, t, segment_ids, ctx.rules), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -86,16 +93,21 @@ class AttentionGrad(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, grad_out_t, q_t, k_t, v_t, sinks_t, slopes_t, *_):
-        grad_out, *x, segment_ids = ctx.saved_tensors
-        x = Inputs(*x)
-        t = Inputs(q_t, k_t, v_t, sinks_t, slopes_t)
-        grads_t = reference.second(x, t, grad_out, segment_ids, ctx.rules)
-        if grad_out_t is not None:
-            linear = reference.vjp(x, grad_out_t, segment_ids, ctx.rules)
-            grads_t = Inputs(
-                *(a if b is None else a + b for a, b in zip(grads_t, linear, strict=True))
+        *primals, segment_ids = ctx.saved_tensors
+        with _outer_tangents():
+            grad_out, *x = map(_primal, primals)
+            grad_out_t, *t = map(_primal, (grad_out_t, q_t, k_t, v_t, sinks_t, slopes_t))
+            x, t = Inputs(*x), Inputs(*t)
+            grads_t = _present(
+                reference.second(x, t, grad_out, segment_ids, ctx.rules),
+                x.sinks is not None,
+                ctx.slopes_grad,
             )
-        return _present(grads_t, x.sinks is not None, ctx.slopes_grad)
+            if grad_out_t is None:
+                return grads_t
+            linear = reference.vjp(x, grad_out_t, segment_ids, ctx.rules)
+            linear = _present(linear, x.sinks is not None, ctx.slopes_grad)
+            return tuple(a + b for a, b in zip(grads_t, linear, strict=True))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -117,6 +129,17 @@ def _batched(tensors, in_dims, size: int, full) -> list[Tensor | None]:
         else:
             result.append(t.movedim(dim, 0))
     return result
+
+
+# PyTorch calls a Function's jvp with forward mode off, at every level: the tangents that an outer
+# jvp asks for are lost, and jvp of jvp is zero without an error. Turned on again, the inputs must
+# be stripped of their tangents at the current level, which this jvp is the rule for.
+_outer_tangents = partial(_set_fwd_grad_enabled, True)
+
+
+def _primal(t: Tensor | None) -> Tensor | None:
+    """The value without its tangent at the current level."""
+    return None if t is None else torch.ops.aten._fw_primal(t, 0)
 
 
 def _no_view(t: Tensor) -> Tensor:
