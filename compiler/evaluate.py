@@ -121,9 +121,9 @@ class _Run:
         return [env[node] for node in block.results]
 
     def _call(self, node: fx.Node, weights: Any, env: Any) -> list[Any]:
-        callee = self.program.blocks[str(node.target)]
+        callee, n = self.program.blocks[str(node.target)], len(self.comm.ranks)
         bound = {inner: weights[outer] for inner, outer in binding(node).items()}
-        results = self.block(callee, bound, [env[a] for a in node.args])
+        results = self.block(callee, bound, [env[a] if isinstance(a, fx.Node) else [a] * n for a in node.args])
         if isinstance(node.meta["type"], tuple):
             return [tuple(values) for values in zip(*results, strict=True)]
         return results[0]

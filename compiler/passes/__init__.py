@@ -6,13 +6,14 @@ from compiler.ir import Program
 from compiler.passes.cancel_reshapes import cancel_reshapes
 from compiler.passes.drop_gradients import drop_gradients
 from compiler.passes.flatten_heads import flatten_heads
+from compiler.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from compiler.passes.fuse_bias import fuse_bias
 from compiler.passes.fuse_gate_up import fuse_gate_up
 from compiler.passes.fuse_qkv import fuse_qkv
 from compiler.passes.lower_linear import lower_linear
 from compiler.passes.lower_vocab import lower_vocab
 from compiler.passes.silu_and_mul import silu_and_mul
-from compiler.rewrite import ProgramPass, dce, on_blocks
+from compiler.rewrite import ProgramPass, on_blocks
 from compiler.verify import verify
 
 PIPELINE: tuple[ProgramPass, ...] = (
@@ -25,7 +26,7 @@ PIPELINE: tuple[ProgramPass, ...] = (
     on_blocks(flatten_heads),
     on_blocks(cancel_reshapes),
     on_blocks(lower_vocab),
-    on_blocks(dce),
+    fuse_add_rms_norm,
 )
 
 

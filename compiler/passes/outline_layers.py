@@ -1,0 +1,170 @@
+"""The steps that a forward function repeats over a list of parameters -> one block a layer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from compiler.ir import Block, Program, binding
+from compiler.names import unique
+from compiler.rewrite import copy_block
+
+Place = tuple[str, int]  # a list of the parameter tree, and an index into it
+
+
+def outline_layers(program: Program) -> Program:
+    """Gather what happens with each element of a list of parameters into a block of its own.
+
+        for p in params["layers"]:
+            x = attention(p["attn"], x, positions); x = mlp(p["mlp"], x)
+    ->
+        for p in params["layers"]:
+            x = layer(p, x, positions)
+
+    A served model wants one module a layer: it is what pipeline stages and the loop are made of.
+    Runs on the traced program. Where each step is one block call already, nothing changes; where
+    the steps differ in what flows between them, they stay as they are.
+    """
+    root = copy_block(program.root)
+    blocks = dict(program.blocks)
+    for segments in _runs(root):
+        if all(len(s) == 1 and s[0].op == "call_module" for s in segments):
+            continue
+        made: dict[Any, Block] = {}
+        for segment in segments:
+            shape = _shape(segment)  # now, since it takes what the segment before it became
+            if shape.key not in made:
+                name = unique("layer", {*blocks, "forward"})
+                made[shape.key] = blocks[name] = _outlined(root, shape, name)
+            _replace(root, shape, made[shape.key])
+    return replace(program, root=root, blocks=blocks)
+
+
+def _runs(root: Block) -> list[list[list[fx.Node]]]:
+    """For each list of parameters, its steps: equally long stretches of consecutive nodes."""
+    nodes = [n for n in root.graph.nodes if n.op != "output"]
+    first: dict[Place, int] = {}
+    for i, node in enumerate(nodes):
+        if (place := _place(node)) is not None:
+            first.setdefault(place, i)
+    found = []
+    for name in dict.fromkeys(name for name, _ in first):
+        starts = [at for (n, _), at in sorted(first.items(), key=lambda kv: kv[1]) if n == name]
+        indices = [i for n, i in first if n == name]
+        if len(starts) < 2 or indices != list(range(len(indices))):
+            continue
+        width = starts[1] - starts[0]
+        if any(b - a != width for a, b in zip(starts, starts[1:], strict=False)):
+            continue
+        segments = [nodes[s : s + width] for s in starts]
+        places = [{_place(n) for n in s} - {None} for s in segments]
+        if all(p == {(name, i)} for i, p in enumerate(places)):
+            found.append(segments)
+    return found
+
+
+def _place(node: fx.Node) -> Place | None:
+    """Which element of which list a node's parameters are of; None where of none or of several."""
+    names: list[str] = []
+    if node.op == "get_attr":
+        names = [str(node.target)]
+    elif node.op == "call_module":
+        names = list(binding(node).values())
+    places = {_split(name) for name in names} - {None}
+    return places.pop() if len(places) == 1 else None
+
+
+def _split(name: str) -> Place | None:
+    """`layers.3.attn.q` as ("layers", 3)."""
+    head, *rest = name.split(".")
+    return (head, int(rest[0])) if rest and rest[0].isdigit() else None
+
+
+@dataclass
+class _Shape:
+    """A stretch of nodes as a function: what it takes, what it gives, and a key equal for equals."""
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    params: dict[str, str]  # name in the block -> name in the root
+    key: Any
+
+
+def _shape(nodes: list[fx.Node]) -> _Shape:
+    inside = {n: i for i, n in enumerate(nodes)}
+    inputs: dict[fx.Node, int] = {}
+    params: dict[str, str] = {}
+
+    def ref(node: fx.Node) -> Any:
+        if node in inside:
+            return ("inside", inside[node])
+        return ("input", inputs.setdefault(node, len(inputs)))
+
+    def local(name: str) -> str:
+        place = _split(name)
+        short = name.split(".", 2)[2] if place and name.count(".") > 1 else name.replace(".", "_")
+        params[short] = name
+        return short
+
+    key: list[Any] = []
+    for node in nodes:
+        args = str(fx.node.map_aggregate((node.args, node.kwargs), lambda a: a))
+        refs = tuple(ref(n) for n in node.all_input_nodes)
+        bound = tuple((k, local(v)) for k, v in node.meta.get("binding", {}).items())
+        target = local(str(node.target)) if node.op == "get_attr" else node.target
+        static = _without_names(args, node)
+        key.append((node.op, target, static, refs, bound))
+    outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+    key.append(tuple(inside[n] for n in outputs))
+    return _Shape(nodes, list(inputs), outputs, params, tuple(key))
+
+
+def _without_names(text: str, node: fx.Node) -> str:
+    """Arguments as text, with the nodes among them by their order alone."""
+    for i, n in enumerate(node.all_input_nodes):
+        text = text.replace(n.name, f"%{i}")
+    return text
+
+
+def _outlined(root: Block, shape: _Shape, name: str) -> Block:
+    """The block of a stretch."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in shape.inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    local = {outer: inner for inner, outer in shape.params.items()}
+    for node in shape.nodes:
+        new = env[node] = graph.node_copy(node, lambda n: env[n])
+        if node.op == "get_attr":
+            new.target = local[str(node.target)]
+        if node.op == "call_module":
+            new.meta["binding"] = {k: local[v] for k, v in binding(node).items()}
+    graph.output(tuple(env[n] for n in shape.outputs))
+    params = {inner: root.params[outer] for inner, outer in shape.params.items()}
+    return Block(name, graph, params)
+
+
+def _replace(root: Block, shape: _Shape, block: Block) -> None:
+    """A call in the place of a stretch."""
+    last = shape.nodes[-1]
+    with root.graph.inserting_after(last):
+        call = root.graph.create_node("call_module", block.name, tuple(shape.inputs))
+    types = tuple(n.meta["type"] for n in shape.outputs)
+    call.meta.update(where=last.meta["where"], binding=dict(shape.params), type=types)
+    if len(types) == 1:
+        call.meta["type"] = types[0]
+    after = call
+    for i, old in enumerate(shape.outputs):
+        new = call
+        if len(types) > 1:
+            with root.graph.inserting_after(after):
+                new = after = root.graph.call_function(operator.getitem, (call, i))
+            new.meta.update(old.meta)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in shape.nodes)
+    for node in reversed(shape.nodes):
+        root.graph.erase_node(node)
