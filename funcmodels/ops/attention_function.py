@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funcmodels.ops import attention_kernels as kernels
 from funcmodels.ops import attention_reference as reference
-from funcmodels.ops.attention_reference import Inputs, Rules
+from funcmodels.ops.attention_reference import Inputs, Rules, Tangents
 
 
 class Attention(torch.autograd.Function):
@@ -32,7 +33,8 @@ class Attention(torch.autograd.Function):
         ctx.rules = Rules(causal, scale, window, softcap)
 
     @staticmethod
-    def backward(ctx, grad_out, _grad_lse):
+    def backward(ctx, *grads):
+        grad_out, _grad_lse = grads
         q, k, v, sinks, slopes, segment_ids, out, lse = ctx.saved_tensors
         slopes_grad = slopes is not None and ctx.needs_input_grad[4]
         grads = AttentionGrad.apply(
@@ -42,13 +44,10 @@ class Attention(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
     @staticmethod
-    def jvp(ctx, q_t, k_t, v_t, sinks_t, slopes_t, *_):
-        *x, segment_ids = ctx.saved_tensors
+    def jvp(ctx, *tangents):
+        *primals, segment_ids = ctx.saved_tensors
         with _outer_tangents():
-            x, t = (
-                Inputs(*map(_primal, x)),
-                Inputs(*map(_primal, (q_t, k_t, v_t, sinks_t, slopes_t))),
-            )
+            x, t = Inputs(*_values(primals)), Tangents(*_values(tangents[:5]))
             return reference.jvp(x, t, segment_ids, ctx.rules), None
 
     @staticmethod
@@ -86,28 +85,25 @@ class AttentionGrad(torch.autograd.Function):
     def backward(ctx, *cotangents):
         grad_out, *x, segment_ids = ctx.saved_tensors
         x = Inputs(*x)
-        t = Inputs(*_spread(cotangents, x.sinks is not None, ctx.slopes_grad))
+        t = Tangents(*_spread(cotangents, x.sinks is not None, ctx.slopes_grad))
         by_grad_out = reference.jvp(x, t, segment_ids, ctx.rules).to(grad_out.dtype)
         by_x = reference.second(x, t, grad_out, segment_ids, ctx.rules)
         return (by_grad_out, *by_x, *[None] * 8)
 
     @staticmethod
-    def jvp(ctx, grad_out_t, q_t, k_t, v_t, sinks_t, slopes_t, *_):
+    def jvp(ctx, *tangents):
         *primals, segment_ids = ctx.saved_tensors
         with _outer_tangents():
-            grad_out, *x = map(_primal, primals)
-            grad_out_t, *t = map(_primal, (grad_out_t, q_t, k_t, v_t, sinks_t, slopes_t))
-            x, t = Inputs(*x), Inputs(*t)
-            grads_t = _present(
-                reference.second(x, t, grad_out, segment_ids, ctx.rules),
-                x.sinks is not None,
-                ctx.slopes_grad,
-            )
+            grad_out, *primals = _values(primals)
+            grad_out_t, *tangents = _values(tangents[:6])
+            x, t = Inputs(*primals), Tangents(*tangents)
+            present = x.sinks is not None, ctx.slopes_grad
+            curved = reference.second(x, t, grad_out, segment_ids, ctx.rules)
             if grad_out_t is None:
-                return grads_t
+                return _present(curved, *present)
             linear = reference.vjp(x, grad_out_t, segment_ids, ctx.rules)
-            linear = _present(linear, x.sinks is not None, ctx.slopes_grad)
-            return tuple(a + b for a, b in zip(grads_t, linear, strict=True))
+            pairs = zip(_present(curved, *present), _present(linear, *present), strict=True)
+            return tuple(a + b for a, b in pairs)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -137,9 +133,9 @@ def _batched(tensors, in_dims, size: int, full) -> list[Tensor | None]:
 _outer_tangents = partial(_set_fwd_grad_enabled, True)
 
 
-def _primal(t: Tensor | None) -> Tensor | None:
-    """The value without its tangent at the current level."""
-    return None if t is None else torch.ops.aten._fw_primal(t, 0)
+def _values(tensors) -> list[Any]:
+    """The tensors without their tangents at the current level."""
+    return [None if t is None else torch.ops.aten._fw_primal(t, 0) for t in tensors]
 
 
 def _no_view(t: Tensor) -> Tensor:
@@ -147,7 +143,7 @@ def _no_view(t: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(t, t.shape)
 
 
-def _present(grads: Inputs, sinks: bool, slopes: bool) -> tuple[Tensor, ...]:
+def _present(grads: Inputs, sinks: bool, slopes: bool) -> tuple[Any, ...]:
     """The gradients that there are, since a Function returns tensors only."""
     return (*grads[:3], *[grads.sinks] * sinks, *[grads.slopes] * slopes)
 

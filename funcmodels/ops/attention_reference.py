@@ -17,13 +17,23 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """What attention is differentiated by. Tangents and cotangents have the same form."""
+    """What attention is differentiated by."""
 
     q: Tensor  # (*batch, seq, heads, d)
     k: Tensor  # (*batch, seq, kv_heads, d)
     v: Tensor  # (*batch, seq, kv_heads, dv)
     sinks: Tensor | None  # (*batch or 1s, heads)
     slopes: Tensor | None  # (*batch or 1s, heads)
+
+
+class Tangents(NamedTuple):
+    """A direction in `Inputs`; None is zero."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    sinks: Tensor | None
+    slopes: Tensor | None
 
 
 class Rules(NamedTuple):
@@ -41,8 +51,7 @@ class Softmax(NamedTuple):
     probs: Tensor  # P, (*batch, kv_heads, group, seq, seq)
     sink_probs: Tensor | None  # (*batch, kv_heads, group, seq, 1)
     lse: Tensor  # (*batch, kv_heads, group, seq)
-    first: Tensor | None  # dT/dS where there is a softcap
-    second: Tensor | None  # d²T/dS²
+    cap: tuple[Tensor, Tensor] | None  # dT/dS and d²T/dS² where there is a softcap
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,7 +59,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def distance(seq: int | torch.SymInt, device: torch.device) -> Tensor:
+def distance(seq: int, device: torch.device) -> Tensor:
     """Δ: key position minus query position, (seq, seq)."""
     place = torch.arange(seq, device=device)
     return place[None, :] - place[:, None]
@@ -79,11 +88,11 @@ def forward(x: Inputs, segment_ids: Tensor | None, rules: Rules) -> tuple[Tensor
     return out.to(x.q.dtype), soft.lse.flatten(-3, -2)
 
 
-def jvp(x: Inputs, t: Inputs, segment_ids: Tensor | None, rules: Rules) -> Tensor:
+def jvp(x: Inputs, t: Tangents, segment_ids: Tensor | None, rules: Rules) -> Tensor:
     """The output's tangent along t."""
     soft = _softmax(x, segment_ids, rules)
     logits_t, _ = _logits_tangent(x, t, soft, rules)
-    mean = _softmax_mean(logits_t, t, soft)
+    mean = _softmax_mean(logits_t, x, t, soft)
     out_t = (soft.probs * (logits_t - mean)).flatten(-3, -2) @ _keys_in(x.v, x)
     if t.v is not None:
         out_t = out_t + soft.probs.flatten(-3, -2) @ _keys_in(t.v, x)
@@ -99,12 +108,12 @@ def vjp(x: Inputs, grad_out: Tensor, segment_ids: Tensor | None, rules: Rules) -
     grad_logits = soft.probs * (grad_probs - mean)
     grad_sinks = None if soft.sink_probs is None else -soft.sink_probs * mean
     grad_v = soft.probs.flatten(-3, -2).mT @ grad
-    grad_scores = grad_logits if soft.first is None else grad_logits * soft.first
+    grad_scores = grad_logits if soft.cap is None else grad_logits * soft.cap[0]
     return _gather(x, grad_scores, grad_logits, grad_sinks, grad_v, rules)
 
 
 def second(
-    x: Inputs, t: Inputs, grad_out: Tensor, segment_ids: Tensor | None, rules: Rules
+    x: Inputs, t: Tangents, grad_out: Tensor, segment_ids: Tensor | None, rules: Rules
 ) -> Inputs:
     """The gradient of <grad_out, jvp(x, t)>: the Hessian of <grad_out, out> applied to t.
 
@@ -113,7 +122,7 @@ def second(
     """
     soft = _softmax(x, segment_ids, rules)
     logits_t, scores_t = _logits_tangent(x, t, soft, rules)
-    logits_mean = _softmax_mean(logits_t, t, soft)
+    logits_mean = _softmax_mean(logits_t, x, t, soft)
     grad = _queries_in(grad_out, x)
     grad_probs = _by_head(grad @ _keys_in(x.v, x).mT, x)  # ∂<grad_out, out>/∂P
     grad_mean = (soft.probs * grad_probs).sum(-1, keepdim=True)
@@ -135,9 +144,10 @@ def second(
     by_v = (soft.probs * (logits_t - logits_mean)).flatten(-3, -2).mT @ grad
 
     by_scores, by_scores_t = by_logits, by_logits_t
-    if soft.first is not None:
-        by_scores = by_logits * soft.first + by_logits_t * scores_t * soft.second
-        by_scores_t = by_logits_t * soft.first
+    if soft.cap is not None:
+        slope, curve = soft.cap
+        by_scores = by_logits * slope + by_logits_t * scores_t * curve
+        by_scores_t = by_logits_t * slope
     result = _gather(x, by_scores, by_logits, by_sinks, by_v, rules)
     # S' = scale · (q' kᵀ + q k'ᵀ) depends on q and k as well.
     q, k = result.q, result.k
@@ -152,12 +162,12 @@ def second(
 def _softmax(x: Inputs, segment_ids: Tensor | None, rules: Rules) -> Softmax:
     """Scores, softcap, bias, mask and softmax."""
     scores = _by_head(_queries_in(x.q, x) @ _keys_in(x.k, x).mT, x) * rules.scale
-    first = second_ = None
+    cap = None
     if rules.softcap is not None:
         tanh = torch.tanh(scores / rules.softcap)
         scores = rules.softcap * tanh
-        first = 1 - tanh * tanh
-        second_ = -2 / rules.softcap * tanh * first
+        slope = 1 - tanh * tanh
+        cap = slope, -2 / rules.softcap * tanh * slope
     delta = distance(x.q.shape[-3], x.q.device)
     if x.slopes is not None:
         scores = scores + _per_head(x.slopes, x) * delta.to(scores.dtype)
@@ -171,10 +181,10 @@ def _softmax(x: Inputs, segment_ids: Tensor | None, rules: Rules) -> Softmax:
         sinks = _per_head(x.sinks, x)
         lse = torch.logaddexp(lse, sinks)
         sink_probs = torch.exp(sinks - lse)
-    return Softmax(torch.exp(scores - lse), sink_probs, lse.squeeze(-1), first, second_)
+    return Softmax(torch.exp(scores - lse), sink_probs, lse.squeeze(-1), cap)
 
 
-def _logits_tangent(x: Inputs, t: Inputs, soft: Softmax, rules: Rules) -> tuple[Tensor, Tensor]:
+def _logits_tangent(x: Inputs, t: Tangents, soft: Softmax, rules: Rules) -> tuple[Tensor, Tensor]:
     """The tangents of T and of S along t."""
     scores_t = torch.zeros_like(soft.probs)
     if t.q is not None:
@@ -182,20 +192,18 @@ def _logits_tangent(x: Inputs, t: Inputs, soft: Softmax, rules: Rules) -> tuple[
     if t.k is not None:
         scores_t = scores_t + _by_head(_queries_in(x.q, x) @ _keys_in(t.k, x).mT, x)
     scores_t = scores_t * rules.scale
-    logits_t = scores_t if soft.first is None else scores_t * soft.first
+    logits_t = scores_t if soft.cap is None else scores_t * soft.cap[0]
     if t.slopes is not None:
         delta = distance(x.q.shape[-3], x.q.device)
         logits_t = logits_t + _per_head(t.slopes, x) * delta.to(logits_t.dtype)
     return logits_t, scores_t
 
 
-def _softmax_mean(logits_t: Tensor, t: Inputs, soft: Softmax) -> Tensor:
+def _softmax_mean(logits_t: Tensor, x: Inputs, t: Tangents, soft: Softmax) -> Tensor:
     """The tangent of lse: the mean of T' under the probabilities, the sink's share included."""
     mean = (soft.probs * logits_t).sum(-1, keepdim=True)
     if soft.sink_probs is not None and t.sinks is not None:
-        group = soft.probs.shape[-3]
-        sinks_t = t.sinks.to(mean.dtype).unflatten(-1, (-1, group))[..., None, None]
-        mean = mean + soft.sink_probs * sinks_t
+        mean = mean + soft.sink_probs * _per_head(t.sinks, x)
     return mean
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,7 @@ def rope(
     positions: Int[Tensor, "*batch seq"],
     *,
     theta: float,
-    scaling: Mapping[str, object] | None = None,
+    scaling: Mapping[str, Any] | None = None,
     rotary_dim: int | None = None,
     interleaved: bool = False,
     max_position: int | None = None,
@@ -82,12 +83,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
-def _depends_on_length(scaling: Mapping[str, object] | None) -> bool:
+def _depends_on_length(scaling: Mapping[str, Any] | None) -> bool:
     kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type")
     return kind in ("dynamic", "longrope")
 
 
-def _rotary_dim(head_dim: int, rotary_dim: int | None, scaling: Mapping[str, object] | None) -> int:
+def _rotary_dim(head_dim: int, rotary_dim: int | None, scaling: Mapping[str, Any] | None) -> int:
     """The number of rotated features, which may be said in two places."""
     fraction = (scaling or {}).get("partial_rotary_factor")
     said = None if fraction is None else int(head_dim * fraction)

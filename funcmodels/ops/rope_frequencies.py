@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ class Request(NamedTuple):
 
     dim: int  # the rotated features of a head
     theta: float
-    scaling: Mapping[str, object]
+    scaling: Mapping[str, Any]
     max_position: int | None
     seq_len: Tensor | int | None
     device: torch.device | None
@@ -40,7 +40,7 @@ def rope_frequencies(
     rotary_dim: int,
     *,
     theta: float,
-    scaling: Mapping[str, object] | None = None,
+    scaling: Mapping[str, Any] | None = None,
     max_position: int | None = None,
     seq_len: Tensor | int | None = None,
     device: torch.device | None = None,
@@ -89,7 +89,7 @@ def rope_frequencies(
     return kind.formula(Request(rotary_dim, theta, scaling, max_position, seq_len, device))
 
 
-def _kind(scaling: Mapping[str, object]) -> Kind:
+def _kind(scaling: Mapping[str, Any]) -> Kind:
     """The scaling's kind, once its keys are known to be those of the kind."""
     names = {str(scaling[key]) for key in ("rope_type", "type") if key in scaling}
     if len(names) > 1:
@@ -196,7 +196,7 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _yarn_pair(r: Request, turns: float, original: int) -> float:
+def _yarn_pair(r: Request, turns: float, original: float) -> float:
     """The (fractional) pair that turns so many times in the original length."""
     return r.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(r.theta))
 
@@ -240,7 +240,7 @@ def _number(r: Request, key: str) -> float:
     return value
 
 
-def _original(r: Request) -> int:
+def _original(r: Request) -> float:
     """The length of pretraining, which transformers takes from the config where it is left out."""
     value = r.scaling.get("original_max_position_embeddings", r.max_position)
     if not isinstance(value, int | float):

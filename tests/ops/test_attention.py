@@ -10,7 +10,7 @@ from funcmodels import ops
 from funcmodels.errors import ShapeError
 from funcmodels.ops import attention_kernels
 
-BATCH, SEQ, DIM = 2, 7, 4
+BATCH, SEQ, DIM = 2, 5, 4
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 SCALE = 2.0  # of the inputs: probabilities far from uniform
 TOLERANCE = {
@@ -66,9 +66,7 @@ def options(causal, window, softcap, sinks, alibi, segments):
         "softcap": softcap,
         "sinks": torch.randn(4, dtype=torch.float64) if sinks else None,
         "alibi_slopes": torch.rand(4, dtype=torch.float64) if alibi else None,
-        "segment_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [3, 3, 1, 1, 1, 0, 3]])
-        if segments
-        else None,
+        "segment_ids": torch.tensor([[0, 0, 0, 1, 1], [3, 1, 1, 0, 3]]) if segments else None,
     }
 
 
@@ -135,7 +133,7 @@ def test_alibi_in_bfloat16_is_added_in_float32():
 def test_one_visible_key_returns_its_value():
     q, k, v = inputs()
     torch.testing.assert_close(
-        ops.attention(q, k, v, window=1)[:, :, :2], v[:, :, :1].expand(2, 7, 2, 4)
+        ops.attention(q, k, v, window=1)[:, :, :2], v[:, :, :1].expand(2, SEQ, 2, 4)
     )
 
 
@@ -156,8 +154,8 @@ def test_scale_is_used():
 
 def test_segments_equal_separate_sequences():
     q, k, v = (t[0] for t in inputs())
-    ids = torch.tensor([0] * 3 + [1] * 4)
-    parts = [ops.attention(q[s], k[s], v[s]) for s in (slice(0, 3), slice(3, 7))]
+    ids = torch.tensor([0] * 2 + [1] * 3)
+    parts = [ops.attention(q[s], k[s], v[s]) for s in (slice(0, 2), slice(2, 5))]
     torch.testing.assert_close(ops.attention(q, k, v, segment_ids=ids), torch.cat(parts))
 
 
@@ -191,16 +189,16 @@ def test_kernel_choice():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.update({n: a[n][:, :, :1].expand(2, 7, 3, 4) for n in "kv"}),
+        (lambda a: a.update({n: a[n][:, :, :1].expand(2, SEQ, 3, 4) for n in "kv"}),
          r"heads=4, kv_heads=3[\s\S]*fix: +kv_heads in \{1, 2, 4\}"),
         (lambda a: a.update(q=a["q"][..., :3]), r"differ in their last dim[\s\S]*project k to 3"),
-        (lambda a: a.update(k=a["k"][:1]), r"leading dims \(2, 7\)"),
+        (lambda a: a.update(k=a["k"][:1]), r"leading dims \(2, 5\)"),
         (lambda a: a.update({n: a[n].transpose(1, 2) for n in "qkv"}), r"q.transpose\(-3, -2\)"),
         (lambda a: a.update(q=a["q"].float()), r"differ in dtype"),
         (lambda a: a.update({n: a[n][0, 0] for n in "qkv"}), r"need a dim for the sequence"),
         (lambda a: a.update(sinks=torch.zeros(2)), r"sinks \(2,\), 4 query heads"),
         (lambda a: a.update(alibi_slopes=(1.0,)), r"alibi_slopes \(1,\), 4 query heads"),
-        (lambda a: a.update(segment_ids=torch.zeros(7)), r"segment_ids.expand\(2, 7\)"),
+        (lambda a: a.update(segment_ids=torch.zeros(5)), r"segment_ids.expand\(2, 5\)"),
         (lambda a: a.update(window=0), r"window=0"),
         (lambda a: a.update(softcap=0.0), r"softcap=0.0"),
     ],

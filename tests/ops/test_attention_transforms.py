@@ -202,3 +202,18 @@ def test_nested_forward_mode_over_reverse():
     first = along(gradient)
     differences = (first(q + step * t) - first(q - step * t)) / (2 * step)
     torch.testing.assert_close(along(first)(q), differences, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_second_derivative_by_slopes():
+    # The inner gradient does not ask for that of slopes, and the outer one does.
+    fn, (q, k, v, sinks, slopes) = case("everything")
+    loss = loss_of(fn, DIM)
+    t = torch.randn_like(q)
+
+    def by_q(slopes):
+        return (grad(loss)(q, k, v, sinks, slopes) * t).sum()
+
+    def by_slopes(q):
+        return grad(loss, argnums=4)(q, k, v, sinks, slopes)
+
+    torch.testing.assert_close(grad(by_q)(slopes), jvp(by_slopes, (q,), (t,))[1])
