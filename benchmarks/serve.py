@@ -126,7 +126,6 @@ def side_main(
     pipe.send("ready")
     while (request := pipe.recv()) is not None:
         pipe.send(run(*request))
-    os._exit(0)  # vLLM's teardown takes seconds
 
 
 # --- the turns -----------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ class Side:
     def close(self) -> None:
         try:
             self.pipe.send(None)
-            self.process.join(10)
+            self.process.join(60)  # vLLM takes its time to end
         except OSError:  # it has gone already
             pass
         finally:
