@@ -6,7 +6,7 @@ yarn (arXiv:2309.00071) and longrope (arXiv:2402.13753) scaling, grouped-query a
 Papers: Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783; SmolLM2, arXiv:2502.02737.
 
 Checked with: SmolLM2-135M-Instruct; tiny random `transformers` models for each feature above.
-By config also Llama 2, Llama 3, 3.1, 3.2 (text) and 3.3, and SmolLM2 360M and 1.7B.
+Llama 2, 3, 3.1, 3.2 (text) and 3.3 have these features alone; their weights were not run.
 Not supported: quantised checkpoints, attention dropout, partial rotary embeddings,
 `pretraining_tp` above 1 (it changes the order of summation only), activations but SiLU.
 """

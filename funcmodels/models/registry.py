@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+from funcmodels.atomic import recover
 from funcmodels.errors import ConfigError
 from funcmodels.spec import Model
 
@@ -25,8 +26,6 @@ def load_model(folder: str | Path) -> Model:
         ConfigError: no config.json, an architecture that the zoo lacks, or a config that its file
             does not support.
     """
-    from funcmodels.atomic import recover  # here: the zoo is otherwise free of file access
-
     folder = Path(folder)
     recover(folder)
     path = folder / "config.json"
