@@ -95,7 +95,7 @@ def fixed() -> fm.Model:
 
 
 def shares(**how) -> list[float]:
-    prompts = [[0]] * 4000
+    prompts = [[0]] * 1500
     weights = {"logits": PROBS.log()}
     new = fm.generate(fixed(), weights, prompts, max_new_tokens=1, seed=0, **how)
     counts = Counter(token for (token,) in new)
@@ -116,4 +116,4 @@ def shares(**how) -> list[float]:
     ids=str,
 )
 def test_sampling_follows_the_probabilities(how, want):
-    assert shares(**how) == pytest.approx(want, abs=0.03)
+    assert shares(**how) == pytest.approx(want, abs=0.04)
