@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ def choose(x: Inputs, rules: Rules, *, slopes_grad: bool = False) -> Kernel:
         and x.q.dtype in CPU_FLASH_DTYPES
         and rules.softcap is None
         and not slopes_grad  # the kernel has no gradient for its mask
+        and x.q.shape[-3] != 0  # it divides by the number of its blocks
     ):
         return "cpu_flash"
     return "reference"
@@ -86,7 +88,7 @@ def _cpu_flash_backward(
     mask, causal = _cpu_flash_mask(x, segment_ids, rules)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_fold(t, width) for t in (grad_out.to(x.q.dtype), x.q, x.k, x.v, out)),
-        lse.reshape(-1, *lse.shape[-2:]),
+        lse.reshape(math.prod(lse.shape[:-2]), *lse.shape[-2:]),
         0.0,
         causal,
         attn_mask=mask,
@@ -128,7 +130,7 @@ def _fold(t: Tensor, width: int) -> Tensor:
         # Not F.pad: it specialises a symbolic sequence length to its example.
         t = torch.cat((t, t.new_zeros(*t.shape[:-1], missing)), dim=-1)
     t = t.contiguous()
-    return t.reshape(-1, *t.shape[-3:]).transpose(1, 2)
+    return t.reshape(math.prod(t.shape[:-3]), *t.shape[-3:]).transpose(1, 2)
 
 
 def _fold_batch(t: Tensor, batch: torch.Size, dims: int) -> Tensor:
@@ -136,7 +138,7 @@ def _fold_batch(t: Tensor, batch: torch.Size, dims: int) -> Tensor:
     rest = t.shape[t.dim() - dims :]
     if any(n != 1 for n in t.shape[:-dims]):
         t = t.expand(*batch, *rest)
-    return t.reshape(-1, *rest)
+    return t.reshape(math.prod(t.shape[:-dims]), *rest)
 
 
 def _unfold(t: Tensor, like: Tensor, width: int) -> Tensor:

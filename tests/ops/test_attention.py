@@ -172,6 +172,15 @@ def test_any_number_of_batch_dims(batch, softcap):
     torch.testing.assert_close(got, want.reshape(got.shape))
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_no_tokens(batch):
+    q, k, v = (torch.randn(*batch, 0, h, DIM, requires_grad=True) for h in (4, 2, 2))
+    sinks = torch.randn(4, requires_grad=True)
+    out = ops.attention(q, k, v, sinks=sinks, window=2)
+    assert out.shape == q.shape
+    assert torch.autograd.grad(out.sum(), sinks)[0].tolist() == [0.0] * 4
+
+
 def test_strided_inputs():
     q, k, v = (torch.randn(BATCH, DIM, h, SEQ).transpose(1, 3) for h in (4, 2, 2))
     torch.testing.assert_close(ops.attention(q, k, v), dense(q, k, v), rtol=1e-5, atol=1e-5)
