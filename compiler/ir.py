@@ -58,17 +58,21 @@ class TensorType:
 
 @dataclass(frozen=True)
 class LocalSize:
-    """A size on one rank: of `units` blocks of `inner` elements, those that the rank holds."""
+    """A size on one rank: of `units` blocks of `inner` elements, those that the rank holds.
+
+    `label` is the logical axis that is cut, as "heads", and `axis` the mesh axis, as "tp".
+    """
 
     units: int
     inner: int
+    label: str
     axis: str
 
     def at(self, parts: int) -> int:
         return self.inner * max(1, self.units // parts)
 
     def __str__(self) -> str:
-        whole = f"{self.units}/{self.axis}"
+        whole = f"{self.label}/{self.axis}"
         return whole if self.inner == 1 else f"{whole}*{self.inner}"
 
     __repr__ = __str__

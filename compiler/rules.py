@@ -190,13 +190,13 @@ def einsum(view: View) -> Decision | None:
     equation, *operands = view.node.args
     if isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    terms = _letters(str(equation), [len(view.type(n).shape) for n in operands])
+    terms = letters_of(str(equation), [len(view.type(n).shape) for n in operands])
     if terms is None:
         return None
     return _contract(view, operands, terms[:-1], terms[-1])
 
 
-def _letters(equation: str, ranks: list[int]) -> list[list[str]] | None:
+def letters_of(equation: str, ranks: list[int]) -> list[list[str]] | None:
     """The letters of each operand and of the output; dims under "..." get names of their own."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     if not arrow:
@@ -322,7 +322,9 @@ def _kept(view: View, shape: tuple, shard: Shard | None = None) -> tuple:
     given = view.arg(1, "shape") if view.node.target is torch.reshape else None
     sizes = list(given) if isinstance(given, (tuple, list)) else _one_inferred(shape)
     if shard is not None and sizes[shard.dim] != -1 and not isinstance(sizes[shard.dim], Sym):
-        sizes[shard.dim] = LocalSize(shard.units, sizes[shard.dim] // shard.units, view.axis)
+        sizes[shard.dim] = LocalSize(
+            shard.units, sizes[shard.dim] // shard.units, shard.axis, view.axis
+        )
     return tuple(sizes)
 
 

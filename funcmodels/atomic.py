@@ -133,3 +133,13 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file at once: readers see the old one or the new one, never a part."""
+    new = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_count)}")
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

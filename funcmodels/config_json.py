@@ -34,7 +34,7 @@ def config_json(model: Model, values: Mapping[str, Tensor]) -> dict[str, Any]:
         ConfigError: a field that vLLM needs can be derived neither from the config nor from the
             declared axes, or the config holds something that JSON cannot.
     """
-    body = dict(model.hf_config) if model.hf_config is not None else _built(model)
+    body = config_of(model)
     sizes: Counter[str] = Counter()
     for value in values.values():
         sizes[str(value.dtype).removeprefix("torch.")] += value.numel()
@@ -43,6 +43,11 @@ def config_json(model: Model, values: Mapping[str, Tensor]) -> dict[str, Any]:
         body["torch_dtype"] = dtype
     names = [model.name, *model.hf_architectures]
     return {**body, "architectures": names, "dtype": dtype}
+
+
+def config_of(model: Model) -> dict[str, Any]:
+    """The fields of config.json that do not depend on the weights."""
+    return dict(model.hf_config) if model.hf_config is not None else _built(model)
 
 
 def _built(model: Model) -> dict[str, Any]:

@@ -53,7 +53,14 @@ def _flatten_rope(block: Block, node: fx.Node) -> None:
         i = user.args[1]
         assert user.target is operator.getitem and isinstance(i, int)
         part = insert(
-            block, user, operator.getitem, (new, i), type=types[i], placement=placements[i], like=user
+            block,
+            user,
+            operator.getitem,
+            (new, i),
+            type=types[i],
+            placement=placements[i],
+            like=user,
+            name=user.name,
         )
         replace_with(block, user, _heads(block, user, part, like=user))
     block.graph.erase_node(node)
@@ -107,4 +114,4 @@ def _heads(block: Block, before: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _local(size: Any, at: Any) -> Any:
-    return LocalSize(at.units, size // at.units, "tp") if isinstance(at, Shard) else size
+    return LocalSize(at.units, size // at.units, at.axis, "tp") if isinstance(at, Shard) else size

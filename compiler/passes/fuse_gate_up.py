@@ -50,9 +50,9 @@ def _merge(block: Block, node: fx.Node, gate: fx.Node, up: fx.Node) -> None:
         name="gate_up",
     )
     if node.target is ops.swiglu:
-        new = insert(block, node, layers.silu_and_mul, (both,))
+        new = insert(block, node, layers.silu_and_mul, (both,), name="gated")
     else:
-        new = insert(block, node, layers.gelu_and_mul, (both,), dict(node.kwargs))
+        new = insert(block, node, layers.gelu_and_mul, (both,), dict(node.kwargs), name="gated")
     replace_with(block, node, new)
     for old in (gate, up):
         block.graph.erase_node(old)

@@ -89,8 +89,9 @@ def _merge(block: Block, found: list[fx.Node]) -> None:
         type=TensorType(dtype, (tokens, sum(features))),  # type: ignore[arg-type]
         name="qkv",
     )
-    sizes = tuple(LocalSize(n.meta["placement"].units, _width(n), "tp") for n in found)
-    placements = tuple(Shard(1, n.meta["placement"].units, n.meta["placement"].axis) for n in found)
+    at = [n.meta["placement"] for n in found]
+    sizes = tuple(LocalSize(a.units, _width(n), a.axis, "tp") for a, n in zip(at, found, strict=True))
+    placements = tuple(Shard(1, a.units, a.axis) for a in at)
     parts = insert(
         block,
         first,

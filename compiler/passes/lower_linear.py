@@ -15,7 +15,7 @@ from compiler.ir import Block, LocalSize, Sym, TensorType, tensor_type
 from compiler.layers import Matrix
 from compiler.placement import REPLICATE, Partial, Shard
 from compiler.rewrite import calls_of, insert, is_call, is_param, only_user, replace_with
-from compiler.rules import _letters as letters_of
+from compiler.rules import letters_of
 
 
 def lower_linear(block: Block) -> Block:
@@ -132,6 +132,7 @@ def _lower(block: Block, node: fx.Node, p: _Product) -> None:
         {"kind": kind, "matrices": (matrix,)},
         type=TensorType(*flat),
         placement=placement,
+        name=_name(node),
     )
     if len(out) > 1 or len(batch) > 1:
         new = _unflat(block, node, new, batch, out, sizes, at if kind == "column" else None, cut)
@@ -139,6 +140,12 @@ def _lower(block: Block, node: fx.Node, p: _Product) -> None:
         order = [*range(len(batch)), *(len(batch) + out.index(c) for c in in_order)]
         new = insert(block, node, torch.permute, (new, tuple(order)))
     replace_with(block, node, new)
+
+
+def _name(node: fx.Node) -> str:
+    """The user's variable for a product's result, where there is one."""
+    base = node.name.rstrip("0123456789").rstrip("_")
+    return "out" if base in ("einsum", "matmul", "linear", "all_reduce") else base
 
 
 def _sizes(p: _Product) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _flat(
     features = prod(sizes[c] for c in contracted)
     local: Any = features
     if isinstance(at, Shard):
-        local = LocalSize(at.units, features // at.units, "tp")
+        local = LocalSize(at.units, features // at.units, at.axis, "tp")
         at = Shard(1, at.units, at.axis)
     kind = TensorType(tensor_type(x).dtype, (sizes[batch[0]], features))
     return insert(block, node, torch.reshape, (x, (-1, local)), type=kind, placement=at, like=x)
@@ -181,7 +188,7 @@ def _unflat(
     placement = y.meta["placement"]
     if isinstance(at, Shard):
         i = len(batch) + out.index(cut)
-        local[i] = LocalSize(at.units, shape[i] // at.units, "tp")
+        local[i] = LocalSize(at.units, shape[i] // at.units, at.axis, "tp")
         placement = Shard(i, at.units, at.axis)
     kind = TensorType(tensor_type(y).dtype, tuple(shape))
     return insert(

@@ -1,0 +1,7 @@
+"""A lowered program -> the Python source of a vLLM model class."""
+
+from __future__ import annotations
+
+from compiler.emit.model import emit_model
+
+__all__ = ["emit_model"]

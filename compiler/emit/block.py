@@ -1,0 +1,196 @@
+"""One block -> one `nn.Module` class, and the statements of any graph."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from compiler.emit import expressions
+from compiler.emit.layers import BUILDERS
+from compiler.emit.scope import Module, Scope
+from compiler.emit.text import call
+from compiler.ir import Block, TensorType, tensor_type
+from compiler.modules import Placed
+from compiler.placement import Shard
+from compiler.rewrite import is_call
+from funcmodels.errors import LoweringError
+
+
+def emit_block(module: Module, block: Block, placed: Placed) -> list[str]:
+    """The class of a block that is called by others."""
+    scope = Scope(module, block, placed)
+    inputs = [scope.bind(node) for node in block.inputs]
+    body = statements(scope, [n for n in block.graph.nodes if n.op != "output"], 8)
+    results = ", ".join(scope.value(r) for r in block.results)
+    types = ["torch.Tensor | None" if "optional" in n.meta else "torch.Tensor" for n in block.inputs]
+    arguments = ["self", *(f"{n}: {t}" for n, t in zip(inputs, types, strict=True))]
+    count = len(block.results)
+    returns = "torch.Tensor" if count == 1 else f"tuple[{', '.join(['torch.Tensor'] * count)}]"
+    for name in ("torch", "nn", "VllmConfig"):
+        module.use(name)
+    return [
+        f"class {module.class_name(block.name)}(nn.Module):",
+        "    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:",
+        "        super().__init__()",
+        *constructor(scope),
+        "",
+        *call("def forward", arguments, 4, f" -> {returns}:"),
+        *symbol_lines(scope),
+        *body,
+        f"        return {results}",
+    ]
+
+
+def constructor(scope: Scope) -> list[str]:
+    """The lines of `__init__` that make a block's layers, after its statements were written."""
+    lines: list[str] = []
+    module = scope.module
+    made: list[str] = []
+    checks: dict[str, None] = {}
+    for node, attr in scope.placed.layers.items():
+        layer = BUILDERS[node.target](scope, node, attr)
+        made += _containers(attr, made)
+        made += call(f"self.{attr} = {layer.constructor}", layer.arguments, 8)
+        checks.update(dict.fromkeys(layer.checks))
+    bare = [line for name, attr in scope.placed.bare.items() for line in _bare(scope, name, attr)]
+    for node, attr in scope.placed.calls.items():
+        if not _in_list(attr):
+            name = module.class_name(str(node.target))
+            made += _containers(attr, made)
+            made += call(f"self.{attr} = {name}", ["vllm_config", f'prefix=f"{{prefix}}.{attr}"'], 8)
+    lines += [f"        {check}" for check in checks]
+    if scope.local:
+        module.use("get_tensor_model_parallel_world_size")
+        lines.append("        tp_size = get_tensor_model_parallel_world_size()")
+        for label, units in scope.local.items():
+            size = module.size(label, units)
+            whole = f"{size} // tp_size"
+            if not _is_exact(scope, label):
+                whole = f"max(1, {whole})"
+            lines.append(f"        self.local_{label} = {whole}")
+    if scope.needs_dtype:
+        lines.append("        self.dtype = vllm_config.model_config.dtype")
+    return lines + bare + made
+
+
+def _is_exact(scope: Scope, label: str) -> bool:
+    """Whether an axis is always divided, or may leave a block on several ranks."""
+    return label in scope.module.exact
+
+
+def _in_list(attr: str) -> bool:
+    return attr.rpartition(".")[2].isdigit()
+
+
+def _containers(attr: str, made: list[str]) -> list[str]:
+    """`self.self_attn = nn.Module()` for a layer below a module that no block of its own makes."""
+    parts = attr.split(".")[:-1]
+    lines = [f"        self.{'.'.join(parts[: i + 1])} = nn.Module()" for i in range(len(parts))]
+    return [line for line in lines if line not in made]
+
+
+def _bare(scope: Scope, name: str, attr: str) -> list[str]:
+    """A parameter that plain torch reads."""
+    param = scope.block.params[name]
+    node = next(n for n in scope.block.graph.nodes if n.op == "get_attr" and n.target == name)
+    at = node.meta["placement"]
+    for used in ("torch", "nn"):
+        scope.module.use(used)
+    sizes = [scope.module.size(a, n) for a, n in zip(param.axes, param.shape, strict=True)]
+    if isinstance(at, Shard):
+        scope.local[at.axis] = at.units
+        sizes[at.dim] = f"self.local_{at.axis}"
+    dtype = [] if param.dtype is None else [f"dtype={param.dtype}"]
+    empty = f"torch.empty({', '.join([*sizes, *dtype]) or '()'})"
+    lines = [f"        self.{attr} = nn.Parameter({empty}, requires_grad=False)"]
+    if isinstance(at, Shard):
+        if not _is_exact(scope, at.axis):
+            raise LoweringError(
+                f'"{at.axis}" may be replicated, but {name} is used outside a vLLM layer',
+                need="an axis that the number of ranks divides",
+                from_=node.meta["where"],
+                fix=f'leave "{at.axis}" out of sharding',
+            )
+        loader = scope.module.use("sharded_weight_loader")
+        lines.append(
+            f"        {scope.module.use('set_weight_attrs')}(self.{attr}, "
+            f'{{"weight_loader": {loader}({at.dim})}})'
+        )
+    return lines
+
+
+def symbol_lines(scope: Scope, indent: int = 8) -> list[str]:
+    """`num_tokens = x.shape[0]`, where a statement needs it."""
+    if not scope.symbols:
+        return []
+    source = next(n for n in scope.block.inputs if tensor_type(n).shape)
+    return [f"{' ' * indent}num_tokens = {scope.names[source]}.shape[0]"]
+
+
+def statements(scope: Scope, nodes: list[fx.Node], indent: int) -> list[str]:
+    """The lines that compute some nodes, in order."""
+    lines: list[str] = []
+    for node in nodes:
+        if node.op in ("placeholder", "get_attr") or _is_part(node):
+            continue
+        lines += statement(scope, node, indent)
+    return lines
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node takes a tuple apart: that is part of the statement that makes the tuple."""
+    if not is_call(node, operator.getitem):
+        return False
+    return not isinstance(node.args[0].meta["type"], TensorType)  # type: ignore[union-attr]
+
+
+def statement(scope: Scope, node: fx.Node, indent: int) -> list[str]:
+    """The lines of one node."""
+    pad = " " * indent
+    if node.op == "call_module":
+        attr = scope.placed.calls[node]
+        args = [scope.value(a) for a in node.args]
+        return call(f"{_targets(scope, node)} = self.{attr}", args, indent)
+    attr = scope.placed.layers.get(node)
+    if attr is None:
+        text = expressions.expression(scope, node)
+        return _assigned(f"{_targets(scope, node)} = {text}", indent)
+    layer = BUILDERS[node.target](scope, node, attr)
+    text = layer.call.format(f"self.{attr}")
+    if layer.targets.startswith("first "):
+        _, x, residual = layer.targets.split()
+        normed, total = _targets(scope, node).split(", ")
+        return [
+            f"{pad}if {residual} is None:",
+            f"{pad}    {total} = {x}",
+            f"{pad}    {normed} = self.{attr}({x})",
+            f"{pad}else:",
+            f"{pad}    {normed}, {total} = {text}",
+        ]
+    targets = _targets(scope, node)
+    if layer.targets:
+        targets = layer.targets.format(targets)
+    return _assigned(f"{targets} = {text}", indent)
+
+
+def _assigned(text: str, indent: int) -> list[str]:
+    """A statement; a call too long for a line is broken at its arguments."""
+    pad = " " * indent
+    if len(pad + text) <= 92 or not text.endswith(")") or "(" not in text:
+        return [pad + text]
+    head, _, inner = text[:-1].partition("(")
+    return [f"{pad}{head}(", f"{pad}    {inner}", f"{pad})"]
+
+
+def _targets(scope: Scope, node: fx.Node) -> str:
+    """The variables that a node's value goes to."""
+    types = node.meta["type"]
+    if isinstance(types, TensorType):
+        return scope.bind(node)
+    parts = {p.args[1]: p for p in node.users if is_call(p, operator.getitem)}
+    names = []
+    for i in range(len(types)):
+        names.append(scope.bind(parts[i]) if i in parts else "_")
+    return ", ".join(names)
+

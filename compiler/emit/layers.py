@@ -1,0 +1,308 @@
+"""vLLM's layers as source text: how each is constructed, and how it is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from compiler import layers
+from compiler.emit.scope import Scope
+from compiler.emit.text import kwargs, literal
+from compiler.ir import LocalSize
+from compiler.placement import Shard
+from compiler.rules import LocalValues
+from funcmodels import ops
+from funcmodels.errors import LoweringError
+
+
+@dataclass
+class Layer:
+    """One layer.
+
+    Args:
+        constructor, arguments: what makes it.
+        call: the call's text, with `{}` for the layer.
+        targets: how the call's result is taken apart, with `{}` for the value; "" for as it is.
+        checks: further lines for the constructor of the class.
+    """
+
+    constructor: str
+    arguments: list[str]
+    call: str
+    targets: str = ""
+    checks: list[str] = field(default_factory=list)
+
+
+Builder = Callable[[Scope, fx.Node, str], Layer]
+BUILDERS: dict[Any, Builder] = {}
+
+
+def builds(*targets: Any) -> Callable[[Builder], Builder]:
+    def register(fn: Builder) -> Builder:
+        BUILDERS.update(dict.fromkeys(targets, fn))
+        return fn
+
+    return register
+
+
+def prefix_of(attr: str) -> str:
+    """The prefix argument of a layer: its full name in the module tree, below the block's."""
+    return f'f"{{prefix}}.{attr}"'
+
+
+_LINEARS = {
+    "replicated": "ReplicatedLinear",
+    "column": "ColumnParallelLinear",
+    "merged_column": "MergedColumnParallelLinear",
+    "qkv": "QKVParallelLinear",
+    "row": "RowParallelLinear",
+    "row_partial": "RowParallelLinear",
+}
+
+
+@builds(layers.linear)
+def _linear(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    x, weights, biases = node.args
+    kind = node.kwargs["kind"]
+    name = scope.module.use(_LINEARS[kind])  # type: ignore[index]
+    params = [scope.block.params[str(w.target)] for w in weights]  # type: ignore[union-attr]
+    matrices = node.kwargs["matrices"]
+    outs = [_features(scope, p, m.out_dims) for p, m in zip(params, matrices, strict=True)]  # type: ignore[arg-type,union-attr]
+    ins = _features(scope, params[0], matrices[0].in_dims)  # type: ignore[index,union-attr]
+    settings: dict[str, str | None]
+    if kind == "qkv":
+        heads, kv_heads = (_units(scope, p, m) for p, m in list(zip(params, matrices, strict=True))[:2])  # type: ignore[arg-type]
+        widths = [_features(scope, p, m.out_dims[1:]) for p, m in zip(params, matrices, strict=True)]  # type: ignore[arg-type,union-attr]
+        settings = {
+            "hidden_size": ins,
+            "head_size": widths[0],
+            "total_num_heads": heads,
+            "total_num_kv_heads": kv_heads,
+            "v_head_size": widths[2] if widths[2] != widths[0] else None,
+        }
+    elif kind == "merged_column":
+        settings = {"input_size": ins, "output_sizes": f"[{', '.join(outs)}]"}
+    else:
+        settings = {"input_size": ins, "output_size": outs[0]}
+    if params[0].dtype is not None:
+        scope.module.use("torch")
+        settings["params_dtype"] = str(params[0].dtype)
+    settings |= {
+        "bias": str(bool(biases)),
+        "reduce_results": "False" if kind == "row_partial" else None,
+        "quant_config": "vllm_config.quant_config",
+        "prefix": prefix_of(attr),
+    }
+    return Layer(name, kwargs(settings), f"{{}}({scope.value(x)})", "{}, _")
+
+
+def _features(scope: Scope, param: Any, dims: tuple[int, ...]) -> str:
+    """The product of some dims of a parameter, by their axes' names."""
+    return " * ".join(scope.module.size(param.axes[d], param.shape[d]) for d in dims) or "1"
+
+
+def _units(scope: Scope, param: Any, matrix: Any) -> str:
+    """How many heads a projection has."""
+    d = matrix.out_dims[0]
+    return scope.module.size(param.axes[d], param.shape[d])
+
+
+@builds(layers.add_rms_norm, ops.rms_norm)
+def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    fused = node.target is layers.add_rms_norm
+    weight = node.args[2 if fused else 1]
+    param = scope.block.params[str(weight.target)]  # type: ignore[union-attr]
+    offset = node.kwargs.get("offset", 0.0)
+    if offset not in (0.0, 1.0):
+        raise LoweringError(
+            f"rms_norm with offset {offset} is no layer of vLLM's",
+            need="offset 0.0, or 1.0 as Gemma has it",
+            from_=node.meta["where"],
+            fix="fold the offset into the weight",
+        )
+    name = scope.module.use("GemmaRMSNorm" if offset else "RMSNorm")
+    args = [scope.module.size(param.axes[-1], param.shape[-1]), f"eps={node.kwargs['eps']}"]
+    if not fused:
+        return Layer(name, args, f"{{}}({scope.value(node.args[0])})")
+    x, residual = node.args[:2]
+    call = f"{{}}({scope.value(x)}, {scope.value(residual)})"
+    if isinstance(residual, fx.Node) and "optional" in residual.meta:
+        return Layer(name, args, call, f"first {scope.value(x)} {scope.value(residual)}")
+    return Layer(name, args, call)
+
+
+@builds(ops.layer_norm)
+def _layer_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    param = scope.block.params[str(node.args[1].target)]  # type: ignore[union-attr]
+    scope.module.use("nn")
+    bias = len(node.args) > 2 and node.args[2] is not None or node.kwargs.get("bias") is not None
+    size = scope.module.size(param.axes[-1], param.shape[-1])
+    args = [size, f"eps={node.kwargs['eps']}", *([] if bias else ["bias=False"])]
+    return Layer("nn.LayerNorm", args, f"{{}}({scope.value(node.args[0])})")
+
+
+@builds(layers.silu_and_mul)
+def _silu_and_mul(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    return Layer(scope.module.use("SiluAndMul"), [], f"{{}}({scope.value(node.args[0])})")
+
+
+@builds(layers.gelu_and_mul)
+def _gelu_and_mul(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    args = [f"approximate={literal(node.kwargs['approximate'])}"]
+    return Layer(scope.module.use("GeluAndMul"), args, f"{{}}({scope.value(node.args[0])})")
+
+
+@builds(layers.vocab_embedding)
+def _vocab_embedding(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    args = _vocab_arguments(scope, node.args[1], attr)
+    name = scope.module.use("VocabParallelEmbedding")
+    return Layer(name, args, f"{{}}({scope.value(node.args[0])})")
+
+
+@builds(layers.logits)
+def _logits(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    name = scope.module.use("ParallelLMHead")
+    args = _vocab_arguments(scope, node.args[1], attr)
+    return Layer(name, args, f"self.logits_processor({{}}, {scope.value(node.args[0])})")
+
+
+def _vocab_arguments(scope: Scope, table: Any, attr: str) -> list[str]:
+    param = scope.block.params[str(table.target)]
+    sizes = [scope.module.size(a, n) for a, n in zip(param.axes, param.shape, strict=True)]
+    return [*sizes, "quant_config=vllm_config.quant_config", f"prefix={prefix_of(attr)}"]
+
+
+@builds(layers.attention)
+def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    s = dict(node.kwargs)
+    if not s.get("causal", True):
+        raise LoweringError(
+            "attention that is not causal cannot be served with a KV cache",
+            need="causal=True in a model that generates text",
+            from_=node.meta["where"],
+            fix="ops.attention(..., causal=True)",
+        )
+    if s.get("segment_ids") is not None:
+        raise LoweringError(
+            "segment ids are computed inside forward",
+            need="the segment_ids argument of forward, or none: requests are apart in the engine",
+            from_=node.meta["where"],
+            fix="pass forward's segment_ids on",
+        )
+    q, k, v = node.args[:3]
+    head_dim, v_head_dim = s["head_dim"], s["v_head_dim"]
+    size = scope.module.size("head_dim", head_dim)  # type: ignore[arg-type]
+    scale = s.get("scale")
+    default = scale is None or math.isclose(scale, head_dim**-0.5, rel_tol=1e-12)  # type: ignore[arg-type,operator]
+    slopes = s.get("alibi_slopes")
+    sinks = s.get("sinks")
+    checks = []
+    if s.get("window") is None:
+        checks = [f"{scope.module.help('check_full_attention')}(vllm_config)"]
+    settings: dict[str, str | None] = {
+        "num_heads": _heads(scope, q, s["heads"]),
+        "head_size": size,
+        "scale": f"{size}**-0.5" if default else repr(scale),
+        "num_kv_heads": _heads(scope, k, s["kv_heads"]),
+        "alibi_slopes": _slopes(scope, slopes),
+        "cache_config": "vllm_config.cache_config",
+        "quant_config": "vllm_config.quant_config",
+        "logits_soft_cap": None if s.get("softcap") is None else repr(s["softcap"]),
+        "per_layer_sliding_window": None if s.get("window") is None else repr(s["window"]),
+        "sinks": scope.value(sinks) if sinks is not None else None,
+        "head_size_v": str(v_head_dim) if v_head_dim != head_dim else None,
+        "prefix": prefix_of(attr),
+    }
+    call = f"{{}}({', '.join(scope.value(a) for a in (q, k, v))})"
+    return Layer(scope.module.use("Attention"), kwargs(settings), call, checks=checks)
+
+
+def _heads(scope: Scope, x: Any, count: Any) -> str:
+    """How many heads a rank has."""
+    at = x.meta["placement"]
+    if not isinstance(at, Shard):
+        return str(count)
+    return scope.local_size(LocalSize(at.units, count // at.units, at.axis, "tp"))
+
+
+def _slopes(scope: Scope, slopes: Any) -> str | None:
+    """ALiBi slopes: those of the rank's own heads."""
+    if slopes is None:
+        return None
+    if isinstance(slopes, LocalValues):
+        for name in ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"):
+            scope.module.use(name)
+        return f"{scope.module.help('own_values')}({literal(list(slopes.values))})"
+    if isinstance(slopes, (tuple, list)):
+        return literal(list(slopes))
+    raise LoweringError(
+        "alibi_slopes must be numbers when a model is served",
+        got="a tensor",
+        need="a tuple of floats, one a head",
+        fix="compute the slopes in Python: tuple(2 ** (-8 * (i + 1) / heads) for i in range(heads))",
+    )
+
+
+@builds(layers.rotary)
+def _rotary(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    positions, q, k = node.args
+    s = dict(node.kwargs)
+    head_dim: Any = s["head_dim"]
+    parameters, checks = _rope_parameters(scope, s, head_dim)
+    limit = s.get("max_position")
+    settings: dict[str, str | None] = {
+        "head_size": scope.module.size("head_dim", head_dim),
+        "max_position": str(limit) if limit else "vllm_config.model_config.max_model_len",
+        "is_neox_style": "False" if s.get("interleaved") else None,
+        "rope_parameters": literal(parameters),
+    }
+    call = f"{{}}({', '.join(scope.value(a) for a in (positions, q, k))})"
+    return Layer(scope.module.use("get_rope"), kwargs(settings), call, checks=checks)
+
+
+def _rope_parameters(
+    scope: Scope, s: dict[str, Any], head_dim: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `ops.rope` as `get_rope` reads them, and the checks that they need."""
+    scaling = dict(s.get("scaling") or {})
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    out: dict[str, Any] = {"rope_type": kind, "rope_theta": s["theta"]}
+    if s.get("rotary_dim") not in (None, head_dim):
+        out["rope_dim"] = s["rotary_dim"]
+    checks: list[str] = []
+    if kind == "dynamic":  # equal to no scaling up to the limit, and not servable above it
+        limit = scaling.get("original_max_position_embeddings") or s.get("max_position")
+        checks = [f"{scope.module.help('check_length')}(vllm_config, {limit}, {literal(kind)})"]
+        return {**out, "rope_type": "default"}, checks
+    if kind == "longrope":
+        limit = scaling.get("original_max_position_embeddings") or s.get("max_position")
+        scope.module.use("init_logger")
+        checks = [f"{scope.module.help('warn_length')}(vllm_config, {limit}, {literal(kind)})"]
+        scaling["original_max_position_embeddings"] = limit
+        if (factor := scaling.pop("attention_factor", None)) is not None:
+            scaling |= {"short_mscale": factor, "long_mscale": factor}
+    if kind == "yarn":
+        scaling.setdefault("original_max_position_embeddings", s.get("max_position"))
+        scaling = _yarn(scaling)
+    lists = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in scaling.items()}
+    return {**out, **lists}, checks
+
+
+def _yarn(scaling: dict[str, Any]) -> dict[str, Any]:
+    """HF's attention factor as vLLM's, which multiplies its own 0.1 ln(factor) + 1."""
+    factor = scaling["factor"]
+    own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    want = scaling.pop("attention_factor", None)
+    m, m_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
+    if want is None:
+        want = scale(m) / scale(m_all) if m and m_all else own
+    return {**scaling, **({} if want == own else {"attn_factor": want / own})}

@@ -1,0 +1,539 @@
+"""A whole program -> a file: constants, a class a block, the model, and the class vLLM loads."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from compiler import layers
+from compiler.emit.block import constructor, emit_block, statements, symbol_lines
+from compiler.emit.scope import IMPORTS, Module, Scope
+from compiler.emit.text import call, literal, quoted, table
+from compiler.loading import Loading, loading_of
+from compiler.modules import Plan, plan_modules
+from compiler.partition import Partitioned
+from compiler.roll import Loop, roll
+from compiler.split import Split, split_at_unembedding
+from funcmodels import __version__
+from funcmodels.config_json import config_of
+from funcmodels.errors import LoweringError
+from funcmodels.spec import Model
+
+# Fields of config.json that decide what a model computes, where a model has them.
+_STRUCTURE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "hidden_act", "rope_theta",
+    "tie_word_embeddings", "attention_bias", "mlp_bias",
+)  # fmt: skip
+
+
+def emit_model(program: Partitioned) -> str:
+    """The source of a lowered program's vLLM class, as a file that stands alone."""
+    split = split_at_unembedding(program)
+    plan = plan_modules(program, split)
+    return _Writer(program, split, plan, loading_of(plan, program.model.hf_ignored)).file()
+
+
+@dataclass
+class _Root:
+    """The statements of the model's body around its loop over layers."""
+
+    before: list[fx.Node]
+    loop: Loop | None
+    after: list[fx.Node]
+
+
+class _Writer:
+    def __init__(self, program: Partitioned, split: Split, plan: Plan, loading: Loading) -> None:
+        self.program = program
+        self.model = program.model
+        self.split = split
+        self.plan = plan
+        self.loading = loading
+        base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", self.model.name) or self.model.name
+        exact = {need.axis for need in program.needs if need.exact}
+        self.module = Module(base, _axes(self.model), exact)
+        self.body = Scope(self.module, split.body, plan.blocks["forward"])
+        self.head = Scope(self.module, split.head, plan.blocks["compute_logits"])
+        if plan.tied:  # tied weights still make a layer, as adapters and the engine expect
+            placed = self.head.placed.layers
+            placed.update({n: "lm_head" for n in placed if n.target is layers.logits})
+        self.root = self.rolled()
+
+    def rolled(self) -> _Root:
+        """The body in three, where one loop runs over its layers; else in one."""
+        items = roll(self.split.body, self.body.placed)
+        loops = [i for i, item in enumerate(items) if isinstance(item, Loop)]
+        if len(loops) != 1:
+            nodes = [n for n in self.split.body.graph.nodes if n.op != "output"]
+            return _Root(nodes, None, [])
+        at = loops[0]
+        before = [n for n in items[:at] if isinstance(n, fx.Node)]
+        after = [n for n in items[at + 1 :] if isinstance(n, fx.Node)]
+        loop = items[at]
+        assert isinstance(loop, Loop)
+        return _Root(before, loop, after)
+
+    def file(self) -> str:
+        blocks = [
+            emit_block(self.module, block, self.plan.blocks[name])
+            for name, block in self.program.blocks.items()
+            if name in self.plan.blocks
+        ]
+        parts = [*blocks, self.model_class(), self.served_class()]
+        helpers = self.helpers()
+        header = [
+            *self.docstring(),
+            "",
+            *self.imports(),
+            "",
+            *(f"{name} = {size}" for name, size in self.module.constants.items()),
+            "",
+            "# The config.json that this file was compiled for, as far as it decides the values.",
+            *table("COMPILED_FOR", self.compiled_for()),
+        ]
+        body = [line for part in [*parts, *helpers] for line in ["", "", *part]]
+        return "\n".join([*header, *body]) + "\n"
+
+    def docstring(self) -> list[str]:
+        function = inspect.unwrap(getattr(self.model.forward, "func", self.model.forward))
+        file = inspect.getsourcefile(function) or "?"
+        return [
+            f'"""{self.model.name} for vLLM: written by funcmodels {__version__} '
+            f"from {file.rsplit('/', 1)[-1]}, do not edit.",
+            "",
+            f"{self.model.num_parameters:,} parameters. Needs torch and vLLM, and not funcmodels.",
+            '"""',
+        ]
+
+    def compiled_for(self) -> dict[str, str]:
+        config = config_of(self.model)
+        found = {k: config[k] for k in _STRUCTURE if config.get(k) is not None}
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            found["rope_theta"] = rope["rope_theta"]
+        return {quoted(k): literal(v) for k, v in found.items()}
+
+    def imports(self) -> list[str]:
+        by_source: dict[str, set[str]] = {}
+        for name in self.module.used:
+            by_source.setdefault(IMPORTS[name], set()).add(name)
+        lines: list[list[str]] = [[], [], []]
+        for source in sorted(by_source):
+            names = sorted(by_source[source])
+            if source == "import":
+                lines[0] += [f"import {n}" for n in names]
+            elif source == "":
+                lines[1].append("import torch")
+            elif names == ["F"]:
+                lines[1].append("import torch.nn.functional as F")
+            else:
+                group = 0 if source in ("collections.abc", "itertools") else 1
+                group = 2 if source.startswith("vllm") else group
+                lines[group] += _from(source, names)
+        order = [sorted(g, key=lambda t: (not t.startswith("import"), 0)) for g in lines[:2]]
+        groups = [*order, lines[2]]
+        return [line for group in groups if group for line in ["", *group]][1:]
+
+    def helpers(self) -> list[list[str]]:
+        """The source of the runtime functions that the file uses."""
+        if not self.module.helpers:
+            return []
+        source = (Path(__file__).parent.parent / "vllm_runtime.py").read_text()  # not imported:
+        lines = source.split("\n")  # compiling needs no vLLM
+        functions = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+        found = [functions[name] for name in sorted(self.module.helpers)]
+        return [lines[f.lineno - 1 : f.end_lineno] for f in found]
+
+    # The model without its head
+
+    def model_class(self) -> list[str]:
+        m = self.module
+        for name in ("torch", "nn", "VllmConfig", "support_torch_compile", "IntermediateTensors"):
+            m.use(name)
+        forward = self.body_forward()
+        lines = [
+            "@support_torch_compile(",
+            "    dynamic_arg_dims={",
+            *(f'        "{n}": {{0: "num_tokens"}},' for n in _DYNAMIC),
+            "    },",
+            ")",
+            f"class {m.prefix}Model(nn.Module):",
+            '    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:',
+            "        super().__init__()",
+            *self.body_constructor(),
+            "",
+            "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
+            *self.embed_lines(),
+            "",
+            "    def forward(",
+            "        self,",
+            "        input_ids: torch.Tensor | None,",
+            "        positions: torch.Tensor,",
+            "        intermediate_tensors: IntermediateTensors | None,",
+            "        inputs_embeds: torch.Tensor | None = None,",
+            "    ) -> torch.Tensor | IntermediateTensors:",
+            *forward,
+        ]
+        return lines
+
+    @property
+    def staged(self) -> bool:
+        """Whether the model can be cut into pipeline stages: one loop, fed by nothing else."""
+        loop = self.root.loop
+        if loop is None:
+            return False
+        tokens, positions = self.split.body.inputs
+        before = set(self.root.before) - {positions}
+        results = set(loop.results)
+        constants = [a for a in loop.pattern if isinstance(a, fx.Node)]
+        for node in [*self.root.after, *loop.calls[:1]]:
+            for used in node.all_input_nodes:
+                first = node is loop.calls[0] and used in loop.initial
+                if used in before and not first and used.op != "get_attr":
+                    return False
+        return bool(results) and all(c is positions for c in constants)
+
+    def embedding(self) -> fx.Node:
+        """The one operation that reads the tokens."""
+        tokens, _ = self.split.body.inputs
+        users = list(tokens.users)
+        if len(users) != 1 or users[0].op != "call_function":
+            raise LoweringError(
+                "forward reads the tokens in other ways than one embedding",
+                got=f"{len(users)} uses",
+                need="x = ops.embed(tokens, params[...]), and nothing else of tokens",
+                from_=users[0].meta["where"] if users else None,
+                fix="embed once, and compute everything from x",
+            )
+        return users[0]
+
+    def embed_lines(self) -> list[str]:
+        tokens, _ = self.split.body.inputs
+        scope = Scope(self.module, self.split.body, self.body.placed)
+        scope.names[tokens] = "input_ids"
+        node = self.embedding()
+        lines = statements(scope, [node], 8)
+        return [line.replace(f"{scope.names[node]} = ", "return ", 1) for line in lines]
+
+    def body_constructor(self) -> list[str]:
+        loop = self.root.loop
+        lines = constructor(self.body)
+        if self.staged:
+            lines = self.by_stage(lines)
+        for container in self.containers():
+            lines += self.make_layers(container, loop)
+        return lines
+
+    def by_stage(self, lines: list[str]) -> list[str]:
+        """Put what is before the loop on the first stage, and what is after it on the last."""
+        self.module.use("get_pp_group")
+        self.module.use("PPMissingLayer")
+        placed = self.body.placed
+        first = {a for n, a in placed.layers.items() if n in set(self.root.before)}
+        last = {a for n, a in placed.layers.items() if n in set(self.root.after)}
+        embedding = placed.layers.get(self.embedding())
+        out: list[str] = []
+        at = 0
+        while at < len(lines):
+            end = _statement_end(lines, at)
+            statement = lines[at:end]
+            attr = re.match(r"\s+self\.([\w.]+) = ", statement[0])
+            name = attr[1] if attr else ""
+            conditions = []
+            if name in first:
+                conditions.append("get_pp_group().is_first_rank")
+            if name in last or (name == embedding and self.plan.tied):
+                conditions.append("get_pp_group().is_last_rank")
+            if conditions:
+                out.append(f"        if {' or '.join(conditions)}:")
+                out += [f"    {line}" for line in statement]
+                out += ["        else:", f"            self.{name} = PPMissingLayer()"]
+            else:
+                out += statement
+            at = end
+        return out
+
+    def containers(self) -> list[str]:
+        """Module lists, by attribute path."""
+        found = (a.rpartition(".") for a in self.body.placed.calls.values())
+        return list(dict.fromkeys(c for c, _, i in found if c and i.isdigit()))
+
+    def make_layers(self, container: str, loop: Loop | None) -> list[str]:
+        """The lines that make a list of layers, of one class or of several."""
+        m = self.module
+        calls = [
+            c for c, a in self.body.placed.calls.items() if a.rpartition(".")[0] == container
+        ]
+        classes = [m.class_name(str(c.target)) for c in calls]
+        if len(set(classes)) == 1:
+            make = f"lambda prefix: {classes[0]}(vllm_config, prefix=prefix)"
+        else:
+            make = "lambda prefix: kinds[int(prefix.rsplit('.', 1)[1])](vllm_config, prefix=prefix)"
+        kinds = [] if len(set(classes)) == 1 else _sequence("kinds", classes)
+        count = m.size("layers", len(calls))
+        prefix = f'prefix=f"{{prefix}}.{container}"'
+        if self.staged:
+            m.use("make_layers")
+            m.use("make_empty_intermediate_tensors_factory")
+            names = [quoted(n) for n in self.carried()]
+            sizes = {t.meta["type"].shape[-1] for t in loop.results} if loop else set()
+            assert len(sizes) == 1
+            hidden = self.hidden(next(iter(sizes)))
+            return [
+                *kinds,
+                *call(
+                    f"self.start_layer, self.end_layer, self.{container} = make_layers",
+                    [count, make.replace("'", '"') if kinds else make, prefix],
+                    8,
+                ),
+                *call(
+                    "self.make_empty_intermediate_tensors = "
+                    "make_empty_intermediate_tensors_factory",
+                    [f"[{', '.join(names)}]", hidden],
+                    8,
+                ),
+            ]
+        one = classes[0] if not kinds else "kind"
+        over = f"for i in range({count})" if not kinds else "for i, kind in enumerate(kinds)"
+        inner = f'{one}(vllm_config, prefix=f"{{prefix}}.{container}.{{i}}") {over}'
+        return [*kinds, *call(f"self.{container} = nn.ModuleList", [inner], 8)]
+
+    def hidden(self, size: int) -> str:
+        return self.module.size("hidden", size)
+
+    def carried(self) -> list[str]:
+        """Names of the values that go from layer to layer."""
+        loop = self.root.loop
+        assert loop is not None
+        count = len(loop.results)
+        if count <= 2:
+            return ["hidden_states", "residual"][:count]
+        return [f"carried_{i}" for i in range(count)]
+
+    def body_forward(self) -> list[str]:
+        scope, root = self.body, self.root
+        tokens, positions = self.split.body.inputs
+        scope.bind(tokens, "input_ids")
+        scope.bind(positions, "positions")
+        embedding = self.embedding()
+        name = scope.bind(embedding, "hidden_states")
+        embed = [
+            "if inputs_embeds is not None:",
+            f"    {name} = inputs_embeds",
+            "else:",
+            f"    {name} = self.embed_input_ids(input_ids)",
+        ]
+        before = self.around(root.before, embedding, embed)
+        (result,) = self.split.body.results
+        if root.loop is None:
+            return [*symbol_lines(scope), *before, f"        return {scope.value(result)}"]
+        loop, names = root.loop, self.carried()
+        starts = []
+        for carried, initial in zip(names, loop.initial, strict=True):
+            value = "None" if initial is None else scope.value(initial)
+            if value != carried:
+                starts.append(f"        {carried} = {value}")
+        for node, carried in zip(loop.results, names, strict=True):
+            scope.bind(node, carried)
+        arguments = [
+            names[p] if isinstance(p, int) else scope.value(p) for p in loop.pattern
+        ]
+        over = f"self.{loop.container}"
+        if self.staged:
+            over = f"{self.module.use('islice')}({over}, self.start_layer, self.end_layer)"
+        lines = [
+            f"        for layer in {over}:",
+            *call(f"{', '.join(names)} = layer", arguments, 12),
+        ]
+        after = statements(scope, root.after, 8)
+        end = f"        return {scope.value(result)}"
+        if not self.staged:
+            return [*symbol_lines(scope), *before, *starts, *lines, *after, end]
+        received = [f'            {n} = intermediate_tensors["{n}"]' for n in names]
+        sent = ", ".join(f'"{n}": {n}' for n in names)
+        return [
+            *symbol_lines(scope),
+            "        if get_pp_group().is_first_rank:",
+            *(f"    {line}" for line in [*before, *starts]),
+            "        else:",
+            "            assert intermediate_tensors is not None",
+            *received,
+            *lines,
+            "        if not get_pp_group().is_last_rank:",
+            f"            return IntermediateTensors({{{sent}}})",
+            *after,
+            end,
+        ]
+
+    def around(self, nodes: list[fx.Node], embedding: fx.Node, embed: list[str]) -> list[str]:
+        """Statements, with the embedding's own lines in its place."""
+        at = nodes.index(embedding)
+        before = statements(self.body, nodes[:at], 8)
+        return [*before, *(f"        {e}" for e in embed), *statements(self.body, nodes[at + 1 :], 8)]
+
+    # The class that vLLM loads
+
+    def served_class(self) -> list[str]:
+        m, inner = self.module, self.plan.inner
+        for name in ("maybe_prefix", "Iterable", "AutoWeightsLoader", "WeightsMapper", "SupportsLoRA"):
+            m.use(name)
+        for name in ("check_config", "check_registered"):
+            m.help(name)
+        logits = self.logits_lines()
+        bases = ["nn.Module", "SupportsLoRA", *(["SupportsPP"] if self.staged else [])]
+        if self.staged:
+            m.use("SupportsPP")
+        return [
+            f"class {self.model.name}({', '.join(bases)}):",
+            *self.loading.mapper_lines(m),
+            *table("packed_modules_mapping", self.packed(), 4),
+            *self.embedding_modules(),
+            "",
+            '    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:',
+            "        super().__init__()",
+            "        check_config(vllm_config, COMPILED_FOR)",
+            f"        check_registered({self.model.name}, vllm_config)",
+            "        self.config = vllm_config.model_config.hf_config",
+            f"        self.{inner} = {m.prefix}Model(",
+            f'            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{inner}")',
+            "        )",
+            *self.head_constructor(),
+            *(
+                [
+                    "        self.make_empty_intermediate_tensors = (",
+                    f"            self.{inner}.make_empty_intermediate_tensors",
+                    "        )",
+                ]
+                if self.staged
+                else []
+            ),
+            "",
+            "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
+            f"        return self.{inner}.embed_input_ids(input_ids)",
+            "",
+            "    def forward(",
+            "        self,",
+            "        input_ids: torch.Tensor | None,",
+            "        positions: torch.Tensor,",
+            "        intermediate_tensors: IntermediateTensors | None = None,",
+            "        inputs_embeds: torch.Tensor | None = None,",
+            "    ) -> torch.Tensor | IntermediateTensors:",
+            f"        return self.{inner}(input_ids, positions, intermediate_tensors, inputs_embeds)",
+            "",
+            "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:",
+            *logits,
+            "",
+            *self.loading.load_lines(m),
+        ]
+
+    def packed(self) -> dict[str, str]:
+        """Fused module -> its parts, as quantisation and LoRA ask for them."""
+        return {
+            quoted(fused): f"[{', '.join(map(quoted, parts))}]"
+            for fused, parts in self.plan.fused.items()
+        }
+
+    def embedding_modules(self) -> list[str]:
+        embeds = [a for n, a in self.body.placed.layers.items() if n.target is layers.vocab_embedding]
+        heads = [a for n, a in self.head.placed.layers.items() if n.target is layers.logits]
+        rows = {quoted(a.rpartition(".")[2]): '"input_embeddings"' for a in embeds}
+        rows |= {quoted(a): '"output_embeddings"' for a in heads}
+        return table("embedding_modules", rows, 4) if rows else []
+
+    def head_constructor(self) -> list[str]:
+        m, scope = self.module, self.head
+        logits = [n for n in scope.placed.layers if n.target is layers.logits]
+        lines = [line.replace("{prefix}.", "") for line in constructor(scope)]
+        lines = [re.sub(r'prefix=f"([\w.]+)"', r'prefix=maybe_prefix(prefix, "\1")', x) for x in lines]
+        if not logits:
+            return lines
+        vocab = scope.block.params[str(logits[0].args[1].target)]  # type: ignore[union-attr]
+        size = m.size(vocab.axes[0], vocab.shape[0])
+        made = [*lines, f"        self.logits_processor = {m.use('LogitsProcessor')}({size})"]
+        head = scope.placed.layers[logits[0]]
+        if self.plan.tied:
+            embedding = self.body.placed.layers[self.embedding()]
+            tie = f"self.lm_head.tie_weights(self.{self.plan.inner}.{embedding})"
+            made.insert(-1, f"        self.lm_head = {tie}")
+        if not self.staged:
+            return made
+        m.use("get_pp_group")
+        return [
+            "        if get_pp_group().is_last_rank:",
+            *(f"    {line}" for line in made),
+            "        else:",
+            f"            self.{head} = PPMissingLayer()",
+        ]
+
+    def logits_lines(self) -> list[str]:
+        scope = self.head
+        hidden = self.split.head.inputs[0]
+        scope.bind(hidden, "hidden_states")
+        nodes = [n for n in self.split.head.graph.nodes if n.op != "output"]
+        lines = statements(scope, nodes, 8)
+        (result,) = self.split.head.results
+        last = lines[-1].strip()
+        variable = scope.value(result)
+        if len(lines) == 1 and last.startswith(f"{variable} = "):
+            return [f"        return {last.removeprefix(f'{variable} = ')}"]
+        out = []
+        for node in nodes:
+            if node.target is layers.logits:  # the engine gathers logits on some ranks only
+                at = next(i for i, x in enumerate(lines) if "self.logits_processor" in x)
+                guard = [f"        if {scope.names[node]} is None:", "            return None"]
+                out = [*lines[: at + 1], *guard, *lines[at + 1 :]]
+        return [*(out or lines), f"        return {variable}"]
+
+
+_DYNAMIC = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
+
+
+def _axes(model: Model) -> dict[str, int]:
+    """Axes that have one size throughout a model, and the number of its layers."""
+    sizes: dict[str, set[int]] = {}
+    lists: Counter[str] = Counter()
+    for path, param in model.by_path.items():
+        for axis, n in zip(param.axes, param.shape, strict=True):
+            sizes.setdefault(axis, set()).add(n)
+        head, *rest = path.split(".")
+        if rest and rest[0].isdigit():
+            lists[head] = max(lists[head], int(rest[0]) + 1)
+    found = {axis: next(iter(ns)) for axis, ns in sizes.items() if len(ns) == 1}
+    if len(lists) == 1 and "layers" not in found:
+        found["layers"] = next(iter(lists.values()))
+    return found
+
+
+def _from(source: str, names: list[str]) -> list[str]:
+    """`from source import names`, on as many lines as it takes."""
+    one = f"from {source} import {', '.join(names)}"
+    if len(one) <= 92:
+        return [one]
+    return [f"from {source} import (", *(f"    {n}," for n in names), ")"]
+
+
+def _sequence(name: str, values: list[str]) -> list[str]:
+    """`name = (A, B) * 15`, or the values in full."""
+    for period in range(1, len(values) // 2 + 1):
+        if len(values) % period == 0 and values == values[:period] * (len(values) // period):
+            unit = ", ".join(values[:period])
+            return [f"        {name} = ({unit}{',' if period == 1 else ''}) * {len(values) // period}"]
+    return [f"        {name} = (", *(f"            {v}," for v in values), "        )"]
+
+
+def _statement_end(lines: list[str], at: int) -> int:
+    """The line after a statement that may go over several."""
+    depth = 0
+    for i in range(at, len(lines)):
+        depth += lines[i].count("(") - lines[i].count(")")
+        if depth <= 0:
+            return i + 1
+    return len(lines)
+

@@ -1,0 +1,162 @@
+"""What an emitted class needs beside its lines: imports, local sizes, names of variables."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from compiler.emit.text import literal
+from compiler.ir import Block, LocalSize, Sym
+from compiler.modules import Placed
+from compiler.names import class_name
+
+_ROOT = "vllm.model_executor"
+# Where each name that emitted source may use comes from.
+IMPORTS = {
+    "Iterable": "collections.abc",
+    "islice": "itertools",
+    "re": "import",
+    "torch": "",
+    "F": "torch.nn",
+    "nn": "torch",
+    "rearrange": "einops",
+    "support_torch_compile": "vllm.compilation.decorators",
+    "VllmConfig": "vllm.config",
+    "get_pp_group": "vllm.distributed",
+    "get_tensor_model_parallel_rank": "vllm.distributed",
+    "get_tensor_model_parallel_world_size": "vllm.distributed",
+    "tensor_model_parallel_all_gather": "vllm.distributed",
+    "tensor_model_parallel_all_reduce": "vllm.distributed",
+    "init_logger": "vllm.logger",
+    "GeluAndMul": f"{_ROOT}.layers.activation",
+    "SiluAndMul": f"{_ROOT}.layers.activation",
+    "Attention": f"{_ROOT}.layers.attention",
+    "GemmaRMSNorm": f"{_ROOT}.layers.layernorm",
+    "RMSNorm": f"{_ROOT}.layers.layernorm",
+    "ColumnParallelLinear": f"{_ROOT}.layers.linear",
+    "MergedColumnParallelLinear": f"{_ROOT}.layers.linear",
+    "QKVParallelLinear": f"{_ROOT}.layers.linear",
+    "ReplicatedLinear": f"{_ROOT}.layers.linear",
+    "RowParallelLinear": f"{_ROOT}.layers.linear",
+    "LogitsProcessor": f"{_ROOT}.layers.logits_processor",
+    "get_rope": f"{_ROOT}.layers.rotary_embedding",
+    "ParallelLMHead": f"{_ROOT}.layers.vocab_parallel_embedding",
+    "VocabParallelEmbedding": f"{_ROOT}.layers.vocab_parallel_embedding",
+    "sharded_weight_loader": f"{_ROOT}.model_loader.weight_utils",
+    "SupportsLoRA": f"{_ROOT}.models.interfaces",
+    "SupportsPP": f"{_ROOT}.models.interfaces",
+    "AutoWeightsLoader": f"{_ROOT}.models.utils",
+    "PPMissingLayer": f"{_ROOT}.models.utils",
+    "WeightsMapper": f"{_ROOT}.models.utils",
+    "make_empty_intermediate_tensors_factory": f"{_ROOT}.models.utils",
+    "make_layers": f"{_ROOT}.models.utils",
+    "maybe_prefix": f"{_ROOT}.models.utils",
+    "set_weight_attrs": f"{_ROOT}.utils",
+    "IntermediateTensors": "vllm.sequence",
+}
+
+
+@dataclass
+class Module:
+    """The file being written.
+
+    Args:
+        prefix: what class names begin with.
+        axes: axis name -> size, for those that have one size throughout the model.
+        exact: axes that the ranks always divide, none of their blocks lying on several.
+        used: names to import.
+        constants: axes whose constant is used.
+        helpers: functions of `compiler.vllm_runtime` to carry along.
+    """
+
+    prefix: str
+    axes: dict[str, int]
+    exact: set[str]
+    used: set[str] = field(default_factory=set)
+    constants: dict[str, int] = field(default_factory=dict)
+    helpers: set[str] = field(default_factory=set)
+
+    def use(self, name: str) -> str:
+        """A name, imported."""
+        assert name in IMPORTS, name
+        self.used.add(name)
+        return name
+
+    def help(self, name: str) -> str:
+        """A helper's name, carried along."""
+        self.helpers.add(name)
+        return name
+
+    def size(self, axis: str, size: int) -> str:
+        """A size by its axis's constant, `HIDDEN`, or as a number."""
+        if self.axes.get(axis) != size:
+            return str(size)
+        self.constants[axis.upper()] = size
+        return axis.upper()
+
+    def class_name(self, block: str) -> str:
+        return self.prefix + class_name(block)
+
+
+@dataclass
+class Scope:
+    """One class: its block, its place, and what its lines have asked for so far."""
+
+    module: Module
+    block: Block
+    placed: Placed
+    local: dict[str, int] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    needs_dtype: bool = False
+    symbols: set[str] = field(default_factory=set)
+    _last: dict[fx.Node, int] = field(default_factory=dict)
+    _bound: dict[str, fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.order = {n: i for i, n in enumerate(self.block.graph.nodes)}
+        for node, i in self.order.items():
+            for used in node.all_input_nodes:
+                self._last[used] = i
+
+    def local_size(self, size: LocalSize) -> str:
+        """`self.local_heads * 64`."""
+        self.local[size.label] = size.units
+        name = f"self.local_{size.label}"
+        return name if size.inner == 1 else f"{name} * {self.module.size('head_dim', size.inner)}"
+
+    def bind(self, node: fx.Node, name: str | None = None) -> str:
+        """A variable for a node: its own plain name, unless that still holds a value to come."""
+        base = name or re.sub(r"_\d+$", "", node.name)
+        chosen, count = base, 1
+        while self._busy(chosen, node):
+            count += 1
+            chosen = f"{base}_{count}"
+        self._bound[chosen] = node
+        self.names[node] = chosen
+        return chosen
+
+    def _busy(self, name: str, node: fx.Node) -> bool:
+        """Whether a variable's value is still needed after this node."""
+        holder = self._bound.get(name)
+        return holder is not None and self._last.get(holder, -1) > self.order[node]
+
+    def value(self, arg: Any) -> str:
+        """An argument's source text."""
+        if isinstance(arg, fx.Node):
+            if arg.op == "get_attr":
+                return f"self.{self.placed.bare[str(arg.target)]}"
+            return self.names[arg]
+        if isinstance(arg, LocalSize):
+            return self.local_size(arg)
+        if isinstance(arg, Sym):
+            self.symbols |= set(re.findall(r"[a-z_]+", arg.expr))
+            return arg.expr
+        if isinstance(arg, (tuple, list)):
+            inner = [self.value(a) for a in arg]
+            if isinstance(arg, list):
+                return f"[{', '.join(inner)}]"
+            return f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
+        return literal(arg)

@@ -1,0 +1,160 @@
+"""How a served model loads: renames, fused parts and layouts, as vLLM's own mapper has them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from compiler.emit.scope import Module
+from compiler.emit.text import literal, quoted
+from compiler.modules import Destination, Plan
+
+Stacked = dict[str, tuple[str, "str | int"]]
+
+
+@dataclass
+class Loading:
+    """What `load_weights` does with the checkpoint's names and tensors.
+
+    Args:
+        regex: pattern -> replacement, for tensors that the module tree names otherwise.
+        stacked: part of a name -> (part of the fused name, shard), as vLLM's mapper takes it.
+        layouts: pattern of names -> (einops pattern, sizes), for tensors stored in another layout.
+        tied_head: name of the head's tensor in checkpoints that store tied embeddings twice.
+    """
+
+    regex: dict[str, str] = field(default_factory=dict)
+    stacked: Stacked = field(default_factory=dict)
+    layouts: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def mapper_lines(self, module: Module) -> list[str]:
+        """The class attribute `hf_to_vllm_mapper`."""
+        module.use("WeightsMapper")
+        lines = ["    hf_to_vllm_mapper = WeightsMapper("]
+        if self.regex or self.ignored:
+            module.use("re")
+            lines.append("        orig_to_new_regex={")
+            for pattern in self.ignored:
+                lines.append(f"            re.compile({_raw(pattern)}): None,")
+            for pattern, new in self.regex.items():
+                lines.append(f"            re.compile({_raw(pattern)}): {_raw(new)},")
+            lines.append("        },")
+        if self.stacked:
+            lines.append("        orig_to_new_stacked={")
+            for part, (new, shard) in self.stacked.items():
+                lines.append(f"            {quoted(part)}: ({quoted(new)}, {literal(shard)}),")
+            lines.append("        },")
+        return [*lines, "    )"] if len(lines) > 1 else ["    hf_to_vllm_mapper = WeightsMapper()"]
+
+    def load_lines(self, module: Module) -> list[str]:
+        """The method `load_weights`."""
+        head = "    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:"
+        loader = [
+            "        loader = AutoWeightsLoader(self)",
+            "        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)",
+        ]
+        if not self.layouts:
+            return [head, *loader]
+        module.use("rearrange")
+        module.use("re")
+        lines = ["    # How the checkpoint lays tensors out, and how vLLM's layers do.", "    layouts = {"]
+        for pattern, (layout, sizes) in self.layouts.items():
+            value = f"({quoted(layout)}, {literal(dict(sizes))})"
+            lines.append(f"        re.compile({_raw(pattern)}): {value},")
+        return [
+            *lines,
+            "    }",
+            "",
+            head,
+            "        weights = ((name, self.relayout(name, w)) for name, w in weights)",
+            *loader,
+            "",
+            "    def relayout(self, name: str, weight: torch.Tensor) -> torch.Tensor:",
+            "        for pattern, (layout, sizes) in self.layouts.items():",
+            "            if pattern.fullmatch(name):",
+            "                return rearrange(weight, layout, **sizes)",
+            "        return weight",
+        ]
+
+
+def loading_of(plan: Plan, ignored: tuple[str, ...] = ()) -> Loading:
+    """The smallest mapping that takes every tensor to its place, checked on every one of them."""
+    loading = Loading()
+    loading.stacked = _stacked(plan)
+    for name, to in plan.tensors.items():
+        unfused = _unfused(to)
+        if name != unfused:
+            pattern, new = _template(name, unfused)
+            loading.regex[pattern] = new
+        if to.layout is not None:
+            loading.layouts.setdefault(_template(name, name)[0], (to.layout, _needed(to)))
+    loading.ignored = tuple(_glob(p) for p in ignored)
+    for name, to in plan.tensors.items():
+        got = apply(loading, name)
+        assert got == (to.param, to.shard), f"{name} would be loaded to {got}, not to {to}"
+    return loading
+
+
+def apply(loading: Loading, name: str) -> tuple[str, str | int | None]:
+    """Where vLLM's mapper takes a name: the module parameter, and the part of it."""
+    for pattern, new in loading.regex.items():
+        name = re.sub(pattern, new, name)
+    shard: str | int | None = None
+    for part, (new, number) in loading.stacked.items():
+        if part in name:
+            name, shard = name.replace(part, new, 1), number
+    return name, shard
+
+
+def _unfused(to: Destination) -> str:
+    """The parameter's name before fusing."""
+    if not to.fused:
+        return to.param
+    module, _, kind = to.param.rpartition(".")
+    return f"{module.rpartition('.')[0]}.{to.leaf}.{kind}".removeprefix(".")
+
+
+def _stacked(plan: Plan) -> Stacked:
+    """Parts of names, each as short as it can be without meaning another tensor too."""
+    found: Stacked = {}
+    names = {_unfused(to): to for to in plan.tensors.values()}
+    for unfused, to in names.items():
+        if not to.fused or to.shard is None:
+            continue
+        module = unfused.rpartition(".")[0]
+        parent = module.rpartition(".")[0].rpartition(".")[2]
+        for before, after in (("", ""), ("", "."), (f".{parent}", ".")):
+            part = f"{before}.{to.leaf}{after}"
+            if all((part in other) == (o.leaf == to.leaf and o.fused == to.fused) for other, o in names.items()):
+                found[part] = (f"{before}.{to.fused}{after}", to.shard)
+                break
+        else:
+            raise AssertionError(f"no part of {unfused} is its own")
+    return found
+
+
+def _template(name: str, new: str) -> tuple[str, str]:
+    """A pattern for a name with any list index, and the new name with the same indices."""
+    indices = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"(\\d+)", re.escape(name))
+    replaced = new
+    for i, index in enumerate(indices, start=1):
+        replaced = re.sub(rf"(?<=\.){index}(?=\.)", rf"\\{i}", replaced, count=1)
+    return f"^{pattern}$", replaced
+
+
+def _glob(pattern: str) -> str:
+    """A name with `*` for anything, as a regular expression."""
+    return "^" + re.escape(pattern).replace(r"\*", ".*") + "$"
+
+
+def _needed(to: Destination) -> tuple[tuple[str, int], ...]:
+    """The sizes that a layout's groups leave open."""
+    left = (to.layout or "").partition("->")[0]
+    grouped = " ".join(re.findall(r"\(([^)]*)\)", left)).split()
+    return tuple((axis, n) for axis, n in to.sizes if axis in grouped)
+
+
+def _raw(text: str) -> str:
+    return f'r"{text}"'

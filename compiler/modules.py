@@ -1,0 +1,335 @@
+"""Where each layer sits in the served model's module tree, and how checkpoint names lead there.
+
+The module tree follows the checkpoint's names: quantisation ignore lists and LoRA adapters name
+modules by them. A parameter without such a name, or in a place that its block does not own, is
+named by its path; `Plan.tensors` then says what the loader has to rename.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os.path import commonprefix
+
+from torch import fx
+
+from compiler import layers
+from compiler.ir import Block, Program, binding
+from compiler.names import identifier, unique
+from compiler.rewrite import is_param
+from compiler.split import Split
+from funcmodels import ops
+from funcmodels.errors import LoweringError
+from funcmodels.weightmap import TensorMap
+
+NORMS = (layers.add_rms_norm, ops.rms_norm, ops.layer_norm)
+WITHOUT_WEIGHTS = {
+    layers.rotary: "rotary_emb",
+    layers.attention: "attn",
+    layers.silu_and_mul: "act_fn",
+    layers.gelu_and_mul: "act_fn",
+}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a tensor of the checkpoint goes.
+
+    Args:
+        param: the module parameter's full name.
+        shard: which part of a fused parameter it is: "q", "k", "v", or an index; None for all.
+        leaf, fused: the last module's name before and after fusing, where it is fused.
+        layout: einops pattern from the checkpoint's layout to the layer's, None for the same.
+        sizes: the axes' sizes that the pattern needs.
+    """
+
+    param: str
+    shard: str | int | None = None
+    leaf: str = ""
+    fused: str = ""
+    layout: str | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass
+class Placed:
+    """A block's layers, calls and bare parameters, by their attribute paths."""
+
+    layers: dict[fx.Node, str] = field(default_factory=dict)
+    calls: dict[fx.Node, str] = field(default_factory=dict)
+    bare: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """The module tree of a served model.
+
+    Args:
+        inner: the attribute, and module path, of the model without its head: "model".
+        blocks: by block name; the root's two parts under "forward" and "compute_logits".
+        tensors: checkpoint tensor -> where it goes.
+        fused: fused module name -> the checkpoint's module names, for `packed_modules_mapping`.
+        head: module path of the unembedding.
+        tied: whether the unembedding's table is the embedding's.
+    """
+
+    inner: str
+    blocks: dict[str, Placed] = field(default_factory=dict)
+    tensors: dict[str, Destination] = field(default_factory=dict)
+    fused: dict[str, list[str]] = field(default_factory=dict)
+    tied: bool = False
+
+
+def plan_modules(program: Program, split: Split) -> Plan:
+    """Place every layer of a lowered program."""
+    return _Planner(program, split).run()
+
+
+class _Planner:
+    def __init__(self, program: Program, split: Split) -> None:
+        self.program = program
+        self.split = split
+        self.maps = program.model.tensor_maps
+        # The model without its head sits where its tensors' names begin, or, where they share no
+        # beginning, at "model", as if they all began so.
+        modules = [_module(self.maps[path].names[0]) for path in split.body.params]
+        shared = _common(modules).split(".")[0]
+        self.prefix = "" if shared and shared not in modules else "model"
+        self.plan = Plan(inner=self.prefix or shared)
+
+    def run(self) -> Plan:
+        own = {name: name for name in self.program.root.params}
+        self.visit(self.split.body, own, self.plan.inner)
+        shared = set(self.split.head.params) & set(self.split.body.params)
+        self.plan.tied = bool(shared)
+        self.prefix = ""
+        self.visit(self.split.head, own, "", skip=shared)
+        return self.plan
+
+    def visit(
+        self, block: Block, names: dict[str, str], anchor: str, skip: frozenset | set = frozenset()
+    ) -> None:
+        """Place a block's instance at `anchor`; `names` gives each parameter's path in the model."""
+        if block.name not in self.plan.blocks:
+            self.plan.blocks[block.name] = self.place(block, names, anchor)
+        placed = self.plan.blocks[block.name]
+        for node, attr in placed.layers.items():
+            if node.target is layers.linear:
+                self.linear(node, names, _join(anchor, attr))
+            elif node.target not in WITHOUT_WEIGHTS:
+                for param in _params(node):
+                    if str(param.target) not in skip:
+                        kind = _weight_name(node, param)
+                        self.send(names[str(param.target)], f"{_join(anchor, attr)}.{kind}")
+        for name, attr in placed.bare.items():
+            self.send(names[name], _join(anchor, attr))
+        for call, attr in placed.calls.items():
+            inner = {k: names[v] for k, v in binding(call).items()}
+            self.visit(self.program.blocks[str(call.target)], inner, _join(anchor, attr))
+
+    # Names within a block
+
+    def place(self, block: Block, names: dict[str, str], anchor: str) -> Placed:
+        placed = Placed()
+        taken: set[str] = set()
+
+        def take(attr: str) -> str:
+            attr = unique(attr, taken)
+            taken.add(attr)
+            return attr
+
+        in_layers: set[str] = set()
+        for node in block.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target in WITHOUT_WEIGHTS:
+                placed.layers[node] = take(WITHOUT_WEIGHTS[node.target])
+            elif _is_layer(node):
+                in_layers |= {str(p.target) for p in _params(node)}
+                placed.layers[node] = take(self.layer_name(node, names, anchor))
+        for node, attr in self.call_names(block, names, anchor).items():
+            placed.calls[node] = take(attr)
+        for node in block.graph.nodes:
+            if is_param(node) and (set(node.users) - set(placed.layers)):
+                name = str(node.target)
+                if name in in_layers:
+                    raise LoweringError(
+                        f"the parameter {names[name]} is used by a layer and outside it",
+                        need="a parameter of a vLLM layer to be used by that layer alone",
+                        from_=node.meta["where"],
+                        fix="declare a second parameter, or write the product with plain torch",
+                    )
+                placed.bare[name] = take(identifier(name))
+        return placed
+
+    def layer_name(self, node: fx.Node, names: dict[str, str], anchor: str) -> str:
+        """The attribute of a layer: the checkpoint's name for it, below the block's own place."""
+        weights = [str(p.target) for p in _weights(node)]
+        modules = [_module(self.tensor(names[w])) for w in weights]
+        parents = {_parent(m) for m in modules}
+        if len(parents) == 1 and (below := _below(modules[0], anchor)) is not None:
+            leaf = fused_name([m.rpartition(".")[2] for m in modules])
+            return _join(_parent(below), leaf)
+        return fused_name([identifier(w) for w in weights])
+
+    def call_names(self, block: Block, names: dict[str, str], anchor: str) -> dict[fx.Node, str]:
+        """The attribute of each called block: where the checkpoint keeps its parameters."""
+        paths = {c: [names[outer] for outer in binding(c).values()] for c in block.calls}
+        places = {c: self.home(p) for c, p in paths.items()}
+        for call, all_paths in paths.items():
+            if _clashes(call, places, anchor):  # norms often live elsewhere than their block
+                matrices = [p for p in all_paths if len(self.program.model.by_path[p].shape) > 1]
+                places[call] = self.home(matrices)
+        for call, all_paths in paths.items():
+            own = _common(all_paths)
+            if block is self.split.body:
+                places[call] = _at_index(places[call], own) or _join(anchor, own)
+            elif _clashes(call, places, anchor):
+                places[call] = _join(anchor, str(call.target))
+        return {c: _below(place, anchor) or str(c.target) for c, place in places.items()}
+
+    def home(self, paths: list[str]) -> str:
+        """The deepest module that holds the tensors of some parameters."""
+        modules = [_module(self.tensor(path)) for path in paths]
+        place = _common(modules)
+        return _parent(place) if place in modules else place
+
+    # Tensors
+
+    def tensor(self, path: str) -> str:
+        """The checkpoint's name of a parameter, with the beginning that the module tree gives it."""
+        return _join(self.prefix, self.maps[path].names[0])
+
+    def linear(self, node: fx.Node, names: dict[str, str], module: str) -> None:
+        """Send the weights and biases of a linear to its parameters."""
+        weights, biases = node.args[1], node.args[2]
+        parts = _shards(node.kwargs["kind"], len(weights))  # type: ignore[arg-type]
+        fused = module.rpartition(".")[2]
+        for kind, params in (("weight", weights), ("bias", biases)):
+            for shard, param, matrix in zip(parts, params, node.kwargs["matrices"], strict=False):  # type: ignore[arg-type]
+                path = names[str(param.target)]  # type: ignore[union-attr]
+                leaf = _module(self.tensor(path)).rpartition(".")[2]
+                layout = _layout(self.maps[path], matrix if kind == "weight" else None)
+                sizes = self.maps[path].sizes if layout else ()
+                self.plan.tensors[self.maps[path].names[0]] = Destination(
+                    f"{module}.{kind}", shard, leaf, fused if shard is not None else "", layout, sizes
+                )
+                if shard is not None and kind == "weight":
+                    members = self.plan.fused.setdefault(fused, [])
+                    if leaf not in members:
+                        members.append(leaf)
+
+    def send(self, path: str, param: str) -> None:
+        map_ = self.maps[path]
+        if len(map_.names) > 1:
+            raise LoweringError(
+                f"{path} is spread over {len(map_.names)} tensors of the checkpoint",
+                need="one tensor for a parameter that is used outside a fused layer",
+                from_=self.program.model.by_path[path].where,
+                fix="store it as one tensor, without an axis in braces",
+            )
+        layout = None if map_.is_identity else f"{map_.layout} -> {' '.join(map_.axes)}"
+        self.plan.tensors[map_.names[0]] = Destination(
+            param, layout=layout, sizes=map_.sizes if layout else ()
+        )
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a node becomes a module that holds parameters."""
+    if node.target in (layers.linear, layers.vocab_embedding, layers.logits):
+        return True
+    return node.target in NORMS and bool(_params(node)) and all(
+        is_param(a) for a in node.args[_first_weight(node) :] if isinstance(a, fx.Node)
+    )
+
+
+def _first_weight(node: fx.Node) -> int:
+    return 2 if node.target is layers.add_rms_norm else 1
+
+
+def _params(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if is_param(n)]
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    """The parameters that a layer is named after."""
+    return list(node.args[1]) if node.target is layers.linear else _params(node)[:1]  # type: ignore[arg-type]
+
+
+def _weight_name(node: fx.Node, param: fx.Node) -> str:
+    """The name that vLLM's layer has for one of its parameters."""
+    if node.target is ops.layer_norm and param is not _params(node)[0]:
+        return "bias"
+    return "weight"
+
+
+def _shards(kind: str, count: int) -> tuple[str | int | None, ...]:
+    """How vLLM's fused layers call their parts."""
+    if kind == "qkv":
+        return ("q", "k", "v")
+    return tuple(range(count)) if count > 1 else (None,)
+
+
+def _layout(map_: TensorMap, matrix: layers.Matrix | None) -> str | None:
+    """From the checkpoint's layout to the layer's [out, in]; None where they are the same."""
+    axes = map_.axes
+    if matrix is None:
+        want = f"({' '.join(axes)})" if len(axes) > 1 else " ".join(axes)
+    else:
+        sides = [[axes[d] for d in dims] for dims in (matrix.out_dims, matrix.in_dims)]
+        want = " ".join(f"({' '.join(s)})" if len(s) > 1 else s[0] for s in sides)
+    have = " ".join(map_.layout.split())
+    return None if have == want else f"{have} -> {want}"
+
+
+def fused_name(leaves: list[str]) -> str:
+    """`q_proj k_proj v_proj` as `qkv_proj`, `gate_proj up_proj` as `gate_up_proj`."""
+    if len(leaves) == 1:
+        return leaves[0]
+    tail = commonprefix([leaf[::-1] for leaf in leaves])[::-1]
+    tail = tail[tail.index("_") :] if "_" in tail else ""
+    stems = [leaf[: len(leaf) - len(tail)] if tail else leaf for leaf in leaves]
+    return ("" if all(len(s) == 1 for s in stems) else "_").join(stems) + tail
+
+
+def _module(tensor: str) -> str:
+    """The module that a tensor's name speaks of; one not named as a module's is its own."""
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _below(name: str, anchor: str) -> str | None:
+    """`name` seen from `anchor`, or None where it does not lie below it."""
+    if not anchor:
+        return name
+    return name[len(anchor) + 1 :] if name.startswith(f"{anchor}.") else None
+
+
+def _common(names: list[str]) -> str:
+    """The longest dotted prefix that names share."""
+    if not names:
+        return ""
+    split = [name.split(".") for name in names]
+    return ".".join(commonprefix(split))
+
+
+def _clashes(call: fx.Node, places: dict[fx.Node, str], anchor: str) -> bool:
+    """Whether a block's place is its caller's, outside it, or another block's too."""
+    place = places[call]
+    below = _below(place, anchor)
+    return not below or any(p == place for c, p in places.items() if c is not call)
+
+
+def _at_index(place: str, path: str) -> str | None:
+    """The part of a place up to the list index of a path: `model.layers.3` for `layers.3...`."""
+    index = next((part for part in path.split(".") if part.isdigit()), None)
+    parts = place.split(".")
+    if index is None:
+        return place
+    return ".".join(parts[: parts.index(index) + 1]) if index in parts else None

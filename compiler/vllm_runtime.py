@@ -1,0 +1,104 @@
+"""What emitted model files carry along: each function is copied into the file as it stands here.
+
+They may use the names that the file imports, and nothing of this package.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+
+
+def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
+    """Refuse a folder whose config.json is not the one this file was compiled for."""
+    config = vllm_config.model_config.hf_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    wrong = []
+    for name, want in compiled_for.items():
+        got = rope.get(name) if name == "rope_theta" and rope else getattr(config, name, want)
+        if got is not None and got != want:
+            wrong.append(f"{name}={got}, compiled for {want}")
+    if wrong:
+        raise ValueError(
+            "this model class was compiled for another config.json\n"
+            f"  got:  {'; '.join(wrong)}\n"
+            "  fix:  compile the model of this folder, and register that class"
+        )
+
+
+def check_registered(cls: type, vllm_config: VllmConfig) -> None:
+    """Refuse to be built in the place of a class that was registered later under the same name.
+
+    vLLM remembers the class of a path and a name: the old one would be served without a word.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for name in vllm_config.model_config.hf_config.architectures or []:
+        entry = ModelRegistry.models.get(name)
+        latest = getattr(entry, "model_cls", None)
+        if isinstance(latest, type) and latest.__name__ == cls.__name__ and latest is not cls:
+            raise ValueError(
+                f"{name} was registered again after this process had loaded it, and vLLM kept the "
+                "first class\n"
+                "  fix:  register the new class under a new name, with "
+                'hf_overrides={"architectures": ["NewName"]}, or start a new process'
+            )
+
+
+def check_full_attention(vllm_config: VllmConfig) -> None:
+    """Refuse a config.json whose sliding window the engine would lay over full attention."""
+    window = vllm_config.cache_config.sliding_window
+    if window is not None:
+        raise ValueError(
+            f"config.json sets sliding_window={window}, but this model attends to all tokens\n"
+            "  fix:  set sliding_window to null in config.json, or pass window= to ops.attention"
+        )
+
+
+def check_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
+    """Refuse lengths at which this rope turns cached keys by other angles than new ones."""
+    length = vllm_config.model_config.max_model_len
+    if length > limit:
+        raise ValueError(
+            f"rope type {rope_type!r} depends on the length of the whole sequence above {limit} "
+            f"tokens, which a KV cache cannot follow\n"
+            f"  got:  max_model_len={length}\n"
+            f"  fix:  max_model_len={limit}"
+        )
+
+
+def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
+    """Say where this rope differs from the pure function: the engine fixes one set of factors."""
+    if vllm_config.model_config.max_model_len > limit:
+        init_logger(__name__).warning(
+            "rope type %r: with max_model_len above %d the engine uses the factors for long "
+            "sequences for all requests, short ones too; max_model_len=%d is exact",
+            rope_type,
+            limit,
+            limit,
+        )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
+    """Root-mean-square norm with a weight that is computed, not a parameter."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (h * (offset + weight.float())).to(x.dtype)
+    return h.to(x.dtype) * weight
+
+
+def own_block(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
+    """This rank's block of a value that every rank has whole."""
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    parts = min(ranks, units)
+    width = x.shape[dim] // parts
+    return x.narrow(dim, rank * parts // ranks * width, width)
+
+
+def own_values(values: list) -> list:
+    """This rank's part of a list with one value a head."""
+    n = len(values) // get_tensor_model_parallel_world_size()
+    return values[get_tensor_model_parallel_rank() * n :][:n]

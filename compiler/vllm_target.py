@@ -1,0 +1,118 @@
+"""`compile_to_vllm`: a model -> the source of a vLLM class, and the class loaded from it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from compiler.emit import emit_model
+from compiler.partition import Partitioned, check_tokens_apart, partition
+from compiler.passes import run_passes
+from compiler.passes.outline_layers import outline_layers
+from compiler.trace import trace
+from compiler.verify import verify
+from funcmodels.atomic import write_file
+from funcmodels.spec import Model
+
+# Modules of emitted files: a class must be found again by its module's name to be compiled.
+_PACKAGE = "funcmodels_served"
+
+
+def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
+    """The program of one tensor-parallel rank, in vLLM's layers.
+
+    Raises:
+        TraceError, LoweringError: with the user's line.
+    """
+    program = outline_layers(trace(model))
+    verify(program)
+    check_tokens_apart(program)
+    lowered = run_passes(partition(program, "tp", strict=strict))
+    assert isinstance(lowered, Partitioned)
+    return lowered
+
+
+def source_for_vllm(model: Model, *, strict: bool = False) -> str:
+    """The Python text of a model's vLLM class: a file that needs torch and vLLM only."""
+    return emit_model(lower_to_vllm(model, strict=strict))
+
+
+def compile_to_vllm(model: Model, *, strict: bool = False) -> type:
+    """A model as a class that vLLM can register and serve at any tensor-parallel size.
+
+    Args:
+        model: the model.
+        strict: refuse operations that have no sharding rule, instead of gathering.
+    Returns:
+        A class, loaded from the emitted source; `cls.source` is that text, `cls.source_file` the
+        file it was loaded from.
+    Raises:
+        TraceError: `forward` cannot be recorded.
+        LoweringError: an operation cannot be served.
+    """
+    return load_source(source_for_vllm(model, strict=strict), model.name)
+
+
+def emit(model: Model, path: str | os.PathLike[str], *, strict: bool = False) -> Path:
+    """Write a model's vLLM class to a file, which works where funcmodels is not installed."""
+    path = Path(path)
+    write_file(path, source_for_vllm(model, strict=strict).encode())
+    return path
+
+
+def load_source(source: str, name: str) -> type:
+    """The class of an emitted source: equal sources give one class."""
+    file = cache_file(source, name)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, source.encode())
+    return load_file(file, name)
+
+
+def load_file(file: Path, name: str) -> type:
+    """The class `name` of an emitted file."""
+    module_name = f"{_PACKAGE}.{file.stem}"
+    if module_name not in sys.modules:
+        sys.modules.setdefault(_PACKAGE, ModuleType(_PACKAGE))
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    cls: Any = getattr(sys.modules[module_name], name)
+    cls.source = file.read_text()
+    cls.source_file = str(file)
+    return cls
+
+
+def cache_file(source: str, name: str) -> Path:
+    """Where an emitted source is kept: by content, in a folder of this user's alone."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return cache_folder() / f"{name}_{digest}.py"
+
+
+def cache_folder() -> Path:
+    """`$FUNCMODELS_CACHE/served`, below the user's cache folder unless the variable is set."""
+    root = os.environ.get("FUNCMODELS_CACHE")
+    base = Path(root) if root else _user_cache() / "funcmodels"
+    return base / "served"
+
+
+def _user_cache() -> Path:
+    """The XDG cache folder; where there is no home, a private temporary one."""
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path(tempfile.mkdtemp(prefix="funcmodels-"))
