@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from compiler import collectives
 from compiler.comm import Comm, Simulated
@@ -32,6 +31,8 @@ def run(
     tokens: Tensor,
     positions: Tensor,
     comm: Comm | None = None,
+    *,
+    segment_ids: Tensor | None = None,
 ) -> list[Tensor]:
     """Run a program.
 
@@ -40,13 +41,15 @@ def run(
         weights: the local parameters by path, one a rank of `comm`.
         tokens, positions: int64, of the rank the program was traced with.
         comm: how ranks reach each other; None for a program of one rank.
+        segment_ids: as tokens, for a program that was traced with them.
     Returns:
         The logits, one tensor a rank of `comm`.
     """
     comm = comm or Simulated(1)
     dtype = model_dtype(program, weights)
     sizes = symbol_sizes(tokens)
-    inputs = [[value for _ in comm.ranks] for value in (tokens, positions)]
+    given = [tokens, positions, *([] if segment_ids is None else [segment_ids])]
+    inputs = [[value for _ in comm.ranks] for value in given]
     (logits,) = _Run(program, comm, sizes, dtype).block(program.root, weights, inputs)
     return logits
 
@@ -162,7 +165,7 @@ class _Run:
                 return leaf.at(rank, self.comm.size)
             return self.dtype if leaf is MODEL_DTYPE else leaf
 
-        return pytree.tree_map(one, fx.node.map_aggregate(args, lambda a: a))
+        return fx.node.map_aggregate(args, one)
 
 
 def _vocab_embed(

@@ -6,8 +6,11 @@ values; views become reshapes, since the graph is functional.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,7 +31,11 @@ _BINARY = {
     "__matmul__": torch.matmul,
     "__floordiv__": torch.floor_divide,
     "__mod__": torch.remainder,
-    "__and__": torch.logical_and,
+    "__and__": torch.bitwise_and,
+    "__or__": torch.bitwise_or,
+    "__xor__": torch.bitwise_xor,
+    "__lshift__": torch.bitwise_left_shift,
+    "__rshift__": torch.bitwise_right_shift,
     "__eq__": torch.eq,
     "__ne__": torch.ne,
     "__lt__": torch.lt,
@@ -39,12 +46,16 @@ _BINARY = {
 _REVERSED = {
     "__radd__": torch.add,
     "__rsub__": torch.sub,
-    "rsub": torch.sub,
     "__rmul__": torch.mul,
     "__rtruediv__": torch.div,
     "__rdiv__": torch.div,
     "__rmatmul__": torch.matmul,
     "__rpow__": torch.pow,
+    "__rfloordiv__": torch.floor_divide,
+    "__rmod__": torch.remainder,
+    "__rand__": torch.bitwise_and,
+    "__ror__": torch.bitwise_or,
+    "__rxor__": torch.bitwise_xor,
 }
 _SYNONYM = {
     "multiply": torch.mul,
@@ -53,7 +64,7 @@ _SYNONYM = {
     "true_divide": torch.div,
     "negative": torch.neg,
     "__neg__": torch.neg,
-    "__invert__": torch.logical_not,
+    "__invert__": torch.bitwise_not,
     "absolute": torch.abs,
     "swapaxes": torch.transpose,
     "swapdims": torch.transpose,
@@ -64,6 +75,7 @@ _SYNONYM = {
     "mm": torch.matmul,
     "amax": torch.amax,
     "amin": torch.amin,
+    "data": torch.detach,
 }
 _CASTS = {
     "float": torch.float32,
@@ -76,18 +88,23 @@ _CASTS = {
 }
 # Functions of torch.nn.functional that are another function here.
 _FUNCTIONAL = {F.sigmoid: torch.sigmoid, F.tanh: torch.tanh, F.relu: torch.relu}
-_TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile"}
+_TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile", "flip"}
 _IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu"}
 
 
-def is_identity(func: Any) -> bool:
+def is_identity(func: Any, args: tuple, kwargs: dict) -> bool:
     """Whether the operation gives its input back, as far as values go."""
-    return getattr(func, "__name__", "") in _IDENTITY
+    name = getattr(func, "__name__", "")
+    if name == "to":  # a device alone: models are traced on none in particular
+        given = (*args[1:], *kwargs.values())
+        return not any(isinstance(v, (torch.dtype, Tensor)) for v in given)
+    return name in _IDENTITY or "dropout" in name  # one that drops was refused before
 
 
 def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
     """The one spelling of a call that a TorchFunctionMode sees."""
     name = _name(func)
+    kwargs = _said(func, kwargs)
     if name in _TAKES_SIZES:
         args = _packed(args)
     if name in _REVERSED:
@@ -97,9 +114,11 @@ def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
     if name in _SYNONYM:
         return _SYNONYM[name], args, kwargs
     if name in ("__getitem__", "getitem"):
+        if _is_lookup(*args):
+            return ops.embed, (args[1], args[0]), {}
         return operator.getitem, args, {}
     if name in ("view", "reshape"):
-        shape = kwargs["shape"] if "shape" in kwargs else args[1]
+        shape = args[1] if len(args) > 1 else next(iter(kwargs.values()))
         if isinstance(shape, torch.dtype):
             return func, args, kwargs
         return torch.reshape, (args[0], tuple(shape)), {}
@@ -127,6 +146,27 @@ def _name(func: Any) -> str:
     if name in ("__get__", "__set__"):
         return getattr(func.__self__, "__name__", name)
     return name
+
+
+def _said(func: Any, kwargs: dict) -> dict:
+    """The keyword arguments without those that only repeat the function's defaults."""
+    if not kwargs or not isinstance(func, FunctionType):
+        return kwargs
+    defaults = _defaults(func)
+    return {k: v for k, v in kwargs.items() if k not in defaults or defaults[k] is not v}
+
+
+@functools.lru_cache(maxsize=512)
+def _defaults(func: FunctionType) -> dict[str, Any]:
+    parameters = inspect.signature(func).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _is_lookup(x: Any, index: Any) -> bool:
+    """Whether `x[index]` takes rows of a matrix by their numbers."""
+    if not isinstance(index, Tensor) or x.ndim != 2:
+        return False
+    return index.dtype in (torch.int64, torch.int32) and index.ndim > 0
 
 
 def _as_torch(func: Any, name: str) -> Any:

@@ -39,17 +39,18 @@ from funcmodels.spec import Model, Param
 _EXAMPLES = {"num_tokens": 499, "batch": 467, "seq": 499}
 
 
-def trace(model: Model, *, batched: bool = False) -> Program:
+def trace(model: Model, *, batched: bool = False, segments: bool = False) -> Program:
     """Record a model's forward function as a program.
 
     Args:
         model: the model.
         batched: whether tokens are (batch, seq), or vLLM's flat (num_tokens,).
+        segments: whether `segment_ids` are given.
     Raises:
         TraceError: the function is not a pure function of its arguments that can be recorded, or
             does not return logits; each error names the user's line.
     """
-    return _Tracer(model, ("batch", "seq") if batched else ("num_tokens",)).run()
+    return _Tracer(model, ("batch", "seq") if batched else ("num_tokens",), segments).run()
 
 
 class _Scope:
@@ -85,10 +86,11 @@ class _Recorded:
 class _Tracer(TorchFunctionMode):
     """Runs the user's function and writes down what it does."""
 
-    def __init__(self, model: Model, dims: tuple[str, ...]) -> None:
+    def __init__(self, model: Model, dims: tuple[str, ...], segments: bool) -> None:
         super().__init__()
         self.model = model
         self.dims = dims
+        self.segments = segments
         self.shapes = ShapeEnv()
         self.fake = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.scopes: list[_Scope] = []
@@ -102,15 +104,16 @@ class _Tracer(TorchFunctionMode):
     def run(self) -> Program:
         scope = _Scope()
         self.scopes.append(scope)
-        tokens, positions = self._inputs()
+        inputs = self._inputs()
+        tokens = inputs["tokens"]
         with self.fake:
             params = tree.map_with_path(self._parameter, self.model.params)
-            for name, value in (("tokens", tokens), ("positions", positions)):
+            for name, value in inputs.items():
                 scope.bind(value, self._node("placeholder", name, value))
             before = set_tracer(self)
             try:
                 with self:
-                    logits = self._call(self.model.forward, (params, tokens, positions), {})
+                    logits = self._call(self.model.forward, (params, *inputs.values()), {})
             finally:
                 set_tracer(before)
         refuse.wrong_result(self.model.forward, logits, tokens)
@@ -121,15 +124,16 @@ class _Tracer(TorchFunctionMode):
         verify(program)
         return program
 
-    def _inputs(self) -> tuple[Tensor, Tensor]:
-        """Fake tokens and positions of one symbolic shape."""
+    def _inputs(self) -> dict[str, Tensor]:
+        """Fake tokens, positions and, if asked for, segment ids of one symbolic shape."""
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(self.dims))
         real = torch.empty([_EXAMPLES[dim] for dim in self.dims], dtype=torch.int64)
         tokens = self.fake.from_tensor(real, symbolic_context=context)
         for size, name in zip(tokens.shape, self.dims, strict=True):
             self.symbols[str(size.node.expr)] = name  # type: ignore[attr-defined]
+        names = ["positions", *(["segment_ids"] if self.segments else [])]
         with self.fake:
-            return tokens, torch.empty_like(tokens)
+            return {"tokens": tokens, **{name: torch.empty_like(tokens) for name in names}}
 
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""

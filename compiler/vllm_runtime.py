@@ -36,14 +36,26 @@ def check_registered(cls: type, vllm_config: VllmConfig) -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     for name in vllm_config.model_config.hf_config.architectures or []:
-        entry = ModelRegistry.models.get(name)
-        latest = getattr(entry, "model_cls", None)
-        if isinstance(latest, type) and latest.__name__ == cls.__name__ and latest is not cls:
+        latest = getattr(ModelRegistry.models.get(name), "model_cls", None)
+        if hasattr(latest, "compiled_by") and latest is not cls:
             raise ValueError(
                 f"{name} was registered again after this process had loaded it, and vLLM kept the "
                 "first class\n"
                 "  fix:  register the new class under a new name, with "
                 'hf_overrides={"architectures": ["NewName"]}, or start a new process'
+            )
+
+
+def check_ranks(axes: dict) -> None:
+    """Refuse a tensor-parallel size that the model's axes do not allow."""
+    ranks = get_tensor_model_parallel_world_size()
+    for axis, (size, exact) in axes.items():
+        if size % ranks and (exact or ranks % size):
+            how = "divides it" if exact else "divides it, or is a multiple of it"
+            raise ValueError(
+                f"cannot split axis {axis!r} over mesh axis 'tp'\n"
+                f"  got:  {axis}={size}, tp={ranks}\n"
+                f"  need: a tensor_parallel_size that {how}"
             )
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from compiler.api import (
         CompiledModel,
         ParallelContext,
+        check,
         compile_to_torch,
         compile_to_vllm,
+        emit,
         register,
         trace,
     )
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 _COMPILER = {
     "CompiledModel": "compiler.api",
     "ParallelContext": "compiler.api",
+    "check": "compiler.api",
+    "emit": "compiler.api",
     "compile_to_torch": "compiler.api",
     "compile_to_vllm": "compiler.api",
     "register": "compiler.api",
@@ -45,8 +49,10 @@ __all__ = [
     "PartitionSpec",
     "axes",
     "block",
+    "check",
     "compile_to_torch",
     "compile_to_vllm",
+    "emit",
     "errors",
     "generate",
     "init",

@@ -25,6 +25,10 @@ _AXIS_OF = {
 }
 
 
+# The same, read the other way, and the sizes that only messages speak of.
+FIELD_OF_AXIS = {axis: field for field, axis in _AXIS_OF.items()} | {"mlp": "intermediate_size"}
+
+
 def config_json(model: Model, values: Mapping[str, Tensor]) -> dict[str, Any]:
     """What to write as config.json for these weights.
 
@@ -48,6 +52,11 @@ def config_json(model: Model, values: Mapping[str, Tensor]) -> dict[str, Any]:
 def config_of(model: Model) -> dict[str, Any]:
     """The fields of config.json that do not depend on the weights."""
     return dict(model.hf_config) if model.hf_config is not None else _built(model)
+
+
+def config_of_fields(model: Model) -> dict[str, Any]:
+    """What is known of config.json without asking for more: nothing need be derivable."""
+    return dict(model.hf_config) if model.hf_config is not None else _fields(model)
 
 
 def _built(model: Model) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import call, literal, quoted, table
 from compiler.loading import Loading, loading_of
 from compiler.modules import Plan, plan_modules
+from compiler.needs import served_needs
 from compiler.partition import Partitioned
 from compiler.roll import Loop, roll
 from compiler.split import Split, split_at_unembedding
 from funcmodels import __version__
-from funcmodels.config_json import config_of
+from funcmodels.config_json import config_of_fields
 from funcmodels.errors import LoweringError
 from funcmodels.spec import Model
 
@@ -113,7 +114,7 @@ class _Writer:
         ]
 
     def compiled_for(self) -> dict[str, str]:
-        config = config_of(self.model)
+        config = config_of_fields(self.model)
         found = {k: config[k] for k in _STRUCTURE if config.get(k) is not None}
         rope = config.get("rope_parameters") or {}
         if "rope_theta" in rope:
@@ -384,14 +385,16 @@ class _Writer:
         m, inner = self.module, self.plan.inner
         for name in ("maybe_prefix", "Iterable", "AutoWeightsLoader", "WeightsMapper", "SupportsLoRA"):
             m.use(name)
-        for name in ("check_config", "check_registered"):
+        for name in ("check_config", "check_ranks", "check_registered"):
             m.help(name)
+        m.use("get_tensor_model_parallel_world_size")
         logits = self.logits_lines()
         bases = ["nn.Module", "SupportsLoRA", *(["SupportsPP"] if self.staged else [])]
         if self.staged:
             m.use("SupportsPP")
         return [
             f"class {self.model.name}({', '.join(bases)}):",
+            f'    compiled_by = "funcmodels {__version__}"',
             *self.loading.mapper_lines(m),
             *table("packed_modules_mapping", self.packed(), 4),
             *self.embedding_modules(),
@@ -399,6 +402,7 @@ class _Writer:
             '    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:',
             "        super().__init__()",
             "        check_config(vllm_config, COMPILED_FOR)",
+            *self.check_ranks(),
             f"        check_registered({self.model.name}, vllm_config)",
             "        self.config = vllm_config.model_config.hf_config",
             f"        self.{inner} = {m.prefix}Model(",
@@ -432,6 +436,14 @@ class _Writer:
             "",
             *self.loading.load_lines(m),
         ]
+
+    def check_ranks(self) -> list[str]:
+        """What the model's axes ask of the number of ranks."""
+        rows = {
+            need.axis: f"{quoted(need.axis)}: ({self.module.size(need.axis, need.units)}, {need.exact})"
+            for need in sorted(served_needs(self.program), key=lambda need: need.exact)
+        }
+        return call("check_ranks", [f"{{{', '.join(rows.values())}}}"], 8) if rows else []
 
     def packed(self) -> dict[str, str]:
         """Fused module -> its parts, as quantisation and LoRA ask for them."""
