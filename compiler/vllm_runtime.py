@@ -17,7 +17,9 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     wrong = []
     for name, want in compiled_for.items():
-        got = rope.get(name) if name == "rope_theta" and rope else getattr(config, name, want)
+        got = getattr(config, name, None)
+        if name == "rope_theta" and rope:
+            got = rope.get(name)
         if got is not None and got != want:
             wrong.append(f"{name}={got}, compiled for {want}")
     if wrong:
@@ -29,9 +31,9 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
 
 
 def check_registered(cls: type, vllm_config: VllmConfig) -> None:
-    """Refuse to be built in the place of a class that was registered later under the same name.
+    """Refuse to be built in the place of a class registered later under the same name.
 
-    vLLM remembers the class of a path and a name: the old one would be served without a word.
+    vLLM remembers the class of a path and a name: the old one would be served silently.
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
@@ -39,8 +41,8 @@ def check_registered(cls: type, vllm_config: VllmConfig) -> None:
         latest = getattr(ModelRegistry.models.get(name), "model_cls", None)
         if hasattr(latest, "compiled_by") and latest is not cls:
             raise ValueError(
-                f"{name} was registered again after this process had loaded it, and vLLM kept the "
-                "first class\n"
+                f"{name} was registered again after this process had loaded it, "
+                "and vLLM kept the first class\n"
                 "  fix:  register the new class under a new name, with "
                 'hf_overrides={"architectures": ["NewName"]}, or start a new process'
             )
@@ -64,36 +66,40 @@ def check_full_attention(vllm_config: VllmConfig) -> None:
     window = vllm_config.cache_config.sliding_window
     if window is not None:
         raise ValueError(
-            f"config.json sets sliding_window={window}, but this model attends to all tokens\n"
-            "  fix:  set sliding_window to null in config.json, or pass window= to ops.attention"
+            f"config.json sets sliding_window={window}, "
+            "but this model attends to all tokens\n"
+            "  fix:  set sliding_window to null in config.json, "
+            "or pass window= to ops.attention"
         )
 
 
 def check_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
-    """Refuse lengths at which this rope turns cached keys by other angles than new ones."""
+    """Refuse lengths at which this rope turns cached keys otherwise than new ones."""
     length = vllm_config.model_config.max_model_len
     if length > limit:
         raise ValueError(
-            f"rope type {rope_type!r} depends on the length of the whole sequence above {limit} "
-            f"tokens, which a KV cache cannot follow\n"
+            f"rope type {rope_type!r} depends on the length of the whole sequence "
+            f"above {limit} tokens, which a KV cache cannot follow\n"
             f"  got:  max_model_len={length}\n"
             f"  fix:  max_model_len={limit}"
         )
 
 
 def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
-    """Say where this rope differs from the pure function: the engine fixes one set of factors."""
+    """Say where this rope is not the pure function's: the engine fixes one set of factors."""
     if vllm_config.model_config.max_model_len > limit:
         init_logger(__name__).warning(
-            "rope type %r: with max_model_len above %d the engine uses the factors for long "
-            "sequences for all requests, short ones too; max_model_len=%d is exact",
+            "rope type %r: with max_model_len above %d the engine uses the factors for "
+            "long sequences for all requests, short ones too; max_model_len=%d is exact",
             rope_type,
             limit,
             limit,
         )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float
+) -> torch.Tensor:
     """Root-mean-square norm with a weight that is computed, not a parameter."""
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)

@@ -155,7 +155,7 @@ def statement(scope: Scope, node: fx.Node, indent: int) -> list[str]:
     attr = scope.placed.layers.get(node)
     if attr is None:
         text = expressions.expression(scope, node)
-        return _assigned(f"{_targets(scope, node)} = {text}", indent)
+        return [f"{pad}{_targets(scope, node)} = {text}"]
     layer = BUILDERS[node.target](scope, node, attr)
     text = layer.call.format(f"self.{attr}")
     if layer.targets.startswith("first "):
@@ -171,16 +171,7 @@ def statement(scope: Scope, node: fx.Node, indent: int) -> list[str]:
     targets = _targets(scope, node)
     if layer.targets:
         targets = layer.targets.format(targets)
-    return _assigned(f"{targets} = {text}", indent)
-
-
-def _assigned(text: str, indent: int) -> list[str]:
-    """A statement; a call too long for a line is broken at its arguments."""
-    pad = " " * indent
-    if len(pad + text) <= 92 or not text.endswith(")") or "(" not in text:
-        return [pad + text]
-    head, _, inner = text[:-1].partition("(")
-    return [f"{pad}{head}(", f"{pad}    {inner}", f"{pad})"]
+    return [f"{pad}{targets} = {text}"]
 
 
 def _targets(scope: Scope, node: fx.Node) -> str:

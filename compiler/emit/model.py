@@ -14,9 +14,10 @@ from torch import fx
 from compiler import layers
 from compiler.emit.block import constructor, emit_block, statements, symbol_lines
 from compiler.emit.scope import IMPORTS, Module, Scope
-from compiler.emit.text import call, literal, quoted, table
+from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
 from compiler.loading import Loading, loading_of
 from compiler.modules import Plan, plan_modules
+from compiler.names import unique
 from compiler.needs import served_needs
 from compiler.partition import Partitioned
 from compiler.roll import Loop, roll
@@ -66,6 +67,10 @@ class _Writer:
             placed = self.head.placed.layers
             placed.update({n: "lm_head" for n in placed if n.target is layers.logits})
         self.root = self.rolled()
+        (result,) = split.body.results
+        self.body.preferred[result] = "hidden_states"
+        taken = {self.module.class_name(name) for name in plan.blocks} | {self.model.name}
+        self.body_class = unique(f"{base}Model" if f"{base}Model" not in taken else f"{base}Body", taken)
 
     def rolled(self) -> _Root:
         """The body in three, where one loop runs over its layers; else in one."""
@@ -99,8 +104,10 @@ class _Writer:
             "# The config.json that this file was compiled for, as far as it decides the values.",
             *table("COMPILED_FOR", self.compiled_for()),
         ]
-        body = [line for part in [*parts, *helpers] for line in ["", "", *part]]
-        return "\n".join([*header, *body]) + "\n"
+        written = [*header, *(line for part in parts for line in ["", "", *part])]
+        carried = [line for helper in helpers for line in ["", "", *helper]]
+        lines = [new for line in written for new in wrapped(line)]
+        return "\n".join([*lines, *carried]) + "\n"
 
     def docstring(self) -> list[str]:
         function = inspect.unwrap(getattr(self.model.forward, "func", self.model.forward))
@@ -125,22 +132,21 @@ class _Writer:
         by_source: dict[str, set[str]] = {}
         for name in self.module.used:
             by_source.setdefault(IMPORTS[name], set()).add(name)
-        lines: list[list[str]] = [[], [], []]
+        plain: list[list[str]] = [[], []]  # `import x` stands before `from x import y`
+        names_from: list[list[str]] = [[], []]  # each for the standard library, and for others
         for source in sorted(by_source):
             names = sorted(by_source[source])
+            others = source not in ("import", "collections.abc", "itertools")
             if source == "import":
-                lines[0] += [f"import {n}" for n in names]
+                plain[0] += [f"import {name}" for name in names]
             elif source == "":
-                lines[1].append("import torch")
-            elif names == ["F"]:
-                lines[1].append("import torch.nn.functional as F")
+                plain[1].append("import torch")
+            elif "F" in names:
+                plain[1].append("import torch.nn.functional as F")
             else:
-                group = 0 if source in ("collections.abc", "itertools") else 1
-                group = 2 if source.startswith("vllm") else group
-                lines[group] += _from(source, names)
-        order = [sorted(g, key=lambda t: (not t.startswith("import"), 0)) for g in lines[:2]]
-        groups = [*order, lines[2]]
-        return [line for group in groups if group for line in ["", *group]][1:]
+                names_from[others] += _from(source, names)
+        groups = [p + f for p, f in zip(plain, names_from, strict=True) if p or f]
+        return [line for group in groups for line in ["", *group]][1:]
 
     def helpers(self) -> list[list[str]]:
         """The source of the runtime functions that the file uses."""
@@ -165,7 +171,7 @@ class _Writer:
             *(f'        "{n}": {{0: "num_tokens"}},' for n in _DYNAMIC),
             "    },",
             ")",
-            f"class {m.prefix}Model(nn.Module):",
+            f"class {self.body_class}(nn.Module):",
             '    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:',
             "        super().__init__()",
             *self.body_constructor(),
@@ -405,19 +411,13 @@ class _Writer:
             *self.check_ranks(),
             f"        check_registered({self.model.name}, vllm_config)",
             "        self.config = vllm_config.model_config.hf_config",
-            f"        self.{inner} = {m.prefix}Model(",
-            f'            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "{inner}")',
-            "        )",
-            *self.head_constructor(),
-            *(
-                [
-                    "        self.make_empty_intermediate_tensors = (",
-                    f"            self.{inner}.make_empty_intermediate_tensors",
-                    "        )",
-                ]
-                if self.staged
-                else []
+            *call(
+                f"self.{inner} = {self.body_class}",
+                ["vllm_config=vllm_config", f'prefix=maybe_prefix(prefix, "{inner}")'],
+                8,
             ),
+            *self.head_constructor(),
+            *(_alias("make_empty_intermediate_tensors", inner) if self.staged else []),
             "",
             "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
             f"        return self.{inner}.embed_input_ids(input_ids)",
@@ -523,10 +523,18 @@ def _axes(model: Model) -> dict[str, int]:
     return found
 
 
+def _alias(name: str, inner: str) -> list[str]:
+    """`self.name = self.inner.name`, in parentheses where that is too long."""
+    line = f"        self.{name} = self.{inner}.{name}"
+    if len(line) <= WIDTH:
+        return [line]
+    return [f"        self.{name} = (", f"            self.{inner}.{name}", "        )"]
+
+
 def _from(source: str, names: list[str]) -> list[str]:
     """`from source import names`, on as many lines as it takes."""
     one = f"from {source} import {', '.join(names)}"
-    if len(one) <= 92:
+    if len(one) <= WIDTH:
         return [one]
     return [f"from {source} import (", *(f"    {n}," for n in names), ")"]
 

@@ -110,6 +110,7 @@ class Scope:
     placed: Placed
     local: dict[str, int] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
+    preferred: dict[fx.Node, str] = field(default_factory=dict)
     needs_dtype: bool = False
     symbols: set[str] = field(default_factory=set)
     _last: dict[fx.Node, int] = field(default_factory=dict)
@@ -129,7 +130,7 @@ class Scope:
 
     def bind(self, node: fx.Node, name: str | None = None) -> str:
         """A variable for a node: its own plain name, unless that still holds a value to come."""
-        base = name or re.sub(r"_\d+$", "", node.name)
+        base = name or self.preferred.get(node) or re.sub(r"_\d+$", "", node.name)
         chosen, count = base, 1
         while self._busy(chosen, node):
             count += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-WIDTH = 92
+# What formatters take for a line by default.
+WIDTH = 88
 
 
 def call(head: str, args: list[str], indent: int, tail: str = "") -> list[str]:
@@ -12,6 +13,62 @@ def call(head: str, args: list[str], indent: int, tail: str = "") -> list[str]:
     if len(one) <= WIDTH:
         return [one]
     return [f"{pad}{head}(", *(f"{pad}    {arg}," for arg in args), f"{pad}){tail}"]
+
+
+def wrapped(line: str) -> list[str]:
+    """A line, or where it is too long its brackets opened: one element a line."""
+    text = line.lstrip(" ")
+    indent = len(line) - len(text)
+    found = _last_bracket(text) if len(line) > WIDTH else None
+    if found is None:
+        return [line]
+    start, end = found
+    inner = [part for part in _elements(text[start + 1 : end]) if part]
+    pad = " " * indent
+    out = [f"{pad}{text[: start + 1]}"]
+    for part in inner:
+        out += wrapped(f"{pad}    {part},")
+    return [*out, f"{pad}{text[end:]}"]
+
+
+def _last_bracket(text: str) -> tuple[int, int] | None:
+    """The outermost bracket that closes last, when it holds something."""
+    best: tuple[int, int] | None = None
+    stack: list[int] = []
+    for i, char in _code(text):
+        if char in "([{":
+            stack.append(i)
+        elif char in ")]}" and stack:
+            start = stack.pop()
+            if not stack and i > start + 1:
+                best = (start, i)
+    return best
+
+
+def _elements(text: str) -> list[str]:
+    """What commas outside brackets and strings separate."""
+    out, last, depth = [], 0, 0
+    for i, char in _code(text):
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            out.append(text[last:i].strip())
+            last = i + 1
+    return [*out, text[last:].strip()]
+
+
+def _code(text: str) -> list[tuple[int, str]]:
+    """The characters that are not in a string, with their places."""
+    out: list[tuple[int, str]] = []
+    quote = ""
+    for i, char in enumerate(text):
+        if quote:
+            if char == quote and text[i - 1] != "\\":
+                quote = ""
+        elif char in "\"'":
+            quote = char
+        else:
+            out.append((i, char))
+    return out
 
 
 def kwargs(settings: dict[str, str | None]) -> list[str]:

@@ -96,7 +96,7 @@ def _merge(block: Block, found: list[fx.Node]) -> None:
         block,
         first,
         torch.split,
-        (qkv, sizes),
+        (qkv, list(sizes)),
         {"dim": -1},
         type=tuple(TensorType(dtype, (tokens, f)) for f in features),
         placement=placements,
