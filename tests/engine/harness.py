@@ -161,6 +161,7 @@ def run_in_engine(
             _, status = os.waitpid(pid, 0)
             for left_behind in Path("/dev/shm").glob(f"{_run_name(pid)}-*"):
                 left_behind.unlink(missing_ok=True)
+            (Path(tempfile.gettempdir()) / _run_name(pid)).unlink(missing_ok=True)
         output = Path(log.name).read_text(errors="replace")[-20_000:]
     if payload is None:
         raise EngineError(f"no answer from the engine within {timeout} s\n{output}")

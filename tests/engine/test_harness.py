@@ -1,7 +1,9 @@
 """The harness itself, on vLLM's own Llama class: it tells the truth, and it fails well."""
 
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +174,14 @@ def test_a_crash_is_reported():
 
 
 def test_leaves_nothing_behind(folder):
-    environment, shared = dict(os.environ), set(os.listdir("/dev/shm"))
-    serve(folder, [[1, 2, 3]], tp=2)
+    def run():
+        generate(make_llm(folder, tp=2), [[1, 2, 3]])
+        mine = list(Path("/dev/shm").glob(f"vllm_harness_{os.getpid()}-*"))
+        return os.getpid(), len(mine)
+
+    environment = dict(os.environ)
+    pid, in_use = run_in_engine(run)
+    assert in_use > 0, "the engine's shared memory has other names; nothing was looked for"
+    assert list(Path("/dev/shm").glob(f"vllm_harness_{pid}-*")) == []
+    assert list(Path(tempfile.gettempdir()).glob(f"vllm_harness_{pid}*")) == []
     assert dict(os.environ) == environment
-    assert {n for n in set(os.listdir("/dev/shm")) - shared if n.startswith("vllm")} == set()
