@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-
+import torch
 from torch import Tensor
 
 from funcmodels.errors import TraceError
-from funcmodels.source import users_line
+from funcmodels.source import SourceLine, users_line
 
 _RANDOM = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
@@ -20,32 +22,64 @@ _READS_VALUE = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__",
     "nonzero", "unique", "masked_select", "equal", "allclose", "is_nonzero",
 }  # fmt: skip
-_IN_PLACE_DUNDER = {"__setitem__", "__set__", "__delitem__"}
+# Memory as it happens to be: the result depends on what ran before.
+_UNINITIALISED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+_IN_PLACE_DUNDER = {
+    "__setitem__", "__set__", "__delitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__",
+    "__irshift__", "__ipow__", "__imod__", "__ifloordiv__", "__imatmul__", "__iadd__", "__isub__",
+    "__imul__", "__itruediv__", "__idiv__",
+}  # fmt: skip
 # Names that end in an underscore but change no values.
 _NOT_IN_PLACE = {"requires_grad_", "retain_grad_"}
+
+
+def _function(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, out of partials and wrappers."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.unwrap(fn)
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """What a function is called, also where arguments are bound to it."""
+    return getattr(_function(fn), "__name__", type(fn).__name__)
+
+
+def _defined(fn: Callable[..., Any]) -> SourceLine | None:
+    """The line that a function is defined on."""
+    code = getattr(_function(fn), "__code__", None)
+    return code and SourceLine(code.co_filename, code.co_firstlineno, code.co_name)
 
 
 def impure(func: Any, args: tuple, kwargs: dict) -> None:
     """Refuse an operation that writes into a tensor, draws random numbers or reads a value."""
     name = getattr(func, "__name__", "")
-    if name in _RANDOM and not _switched_off(name, args, kwargs):
+    if (name in _RANDOM or kwargs.get("dropout_p")) and not _switched_off(name, args, kwargs):
         raise TraceError(
             f"torch.{name} draws random numbers",
             need="a pure function: the same arguments give the same result",
             from_=users_line(),
             fix="take the noise as an argument, or leave it out: serving never drops out",
         )
+    if name in _UNINITIALISED:
+        raise TraceError(
+            f"torch.{name} gives whatever the memory held",
+            need="a pure function: the same arguments give the same result",
+            from_=users_line(),
+            fix=f"torch.{name.replace('new_', '').replace('empty', 'zeros')}",
+        )
     if name in _READS_VALUE:
         raise branch_on_value(None, name)
     writes = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
-    if writes or name in _IN_PLACE_DUNDER or kwargs.get("out") is not None:
-        shown = "out=" if kwargs.get("out") is not None else name
+    flags = [f for f in ("out", "inplace") if kwargs.get(f) is not None and kwargs[f] is not False]
+    if writes or name in _IN_PLACE_DUNDER or flags:
+        shown = f"{flags[0]}=" if flags else name
         raise TraceError(
             f"{shown} writes into a tensor",
             got="a parameter, an input or a value that others may still use is changed in place",
             need="a pure function: it may only make new tensors",
             from_=users_line(),
-            fix=_out_of_place(name),
+            fix=f"leave {flags[0]}= out, and bind the result" if flags else _out_of_place(name),
         )
 
 
@@ -53,6 +87,8 @@ def _switched_off(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a dropout is told to do nothing."""
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    if "dropout_p" in kwargs:
+        return False
     return "dropout" in name and (p == 0 or not training)
 
 
@@ -68,12 +104,11 @@ def mutated_tree(fn: Callable[..., Any], before: list[Any], after: list[Any]) ->
     """Refuse a function that puts other values into the dicts and lists it was given."""
     if len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True)):
         return
-    code = getattr(fn, "__code__", None)
     raise TraceError(
-        f"{fn.__name__} changes the parameters it was given",
+        f"{name_of(fn)} changes the parameters it was given",
         got="a dict or list among its arguments holds other values after the call",
         need="a pure function: read from p, never assign to p[...]",
-        from_=f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}" if code else None,
+        from_=_defined(fn),
         fix="bind the new value to a local name: q = p['q'] * scale",
     )
 
@@ -84,6 +119,39 @@ def branch_on_value(error: Exception | None, name: str = "if, while or bool()") 
         need="Python control flow on static values only: config fields and shapes",
         from_=users_line(),
         fix="torch.where(condition, a, b), or decide by a config field",
+    )
+
+
+def branch_on_dtype(where: SourceLine) -> TraceError:
+    return TraceError(
+        "what is computed depends on the model's dtype",
+        got="a value of Python that was made from x.dtype: a branch, or torch.finfo",
+        need="code that does the same in any dtype: weights are loaded in one or another",
+        from_=where,
+        fix="cast to a dtype that you name, x.float(), and back by .to(x.dtype)",
+    )
+
+
+def size_as_value(value: Any, symbols: dict[str, str]) -> TraceError:
+    text = str(value)
+    for symbol, name in symbols.items():
+        text = text.replace(symbol, name)
+    return TraceError(
+        "a value is computed from the number of tokens",
+        got=text,
+        need="sizes of tokens in shapes only",
+        from_=users_line(),
+        fix="a config field, or a tensor computed from positions",
+    )
+
+
+def context(what: str, fix: str) -> TraceError:
+    return TraceError(
+        f"{what} is active around an operation",
+        got="operations are recorded without the `with` around them",
+        need="a function that says itself what it computes",
+        from_=users_line(),
+        fix=fix,
     )
 
 
@@ -121,8 +189,15 @@ def global_tensor(value: Tensor, user: Any) -> TraceError:
 
 
 def unhashable(value: Any, fn: Callable[..., Any]) -> TraceError:
+    if isinstance(value, torch.SymInt):
+        return TraceError(
+            f"the block {name_of(fn)} is given the number of tokens",
+            need="tensors, pytrees of tensors, and values known when compiling",
+            from_=users_line(),
+            fix="take it inside the block from a tensor's shape: x.shape[0]",
+        )
     return TraceError(
-        f"an argument of the block {fn.__name__} cannot be compared",
+        f"an argument of the block {name_of(fn)} cannot be compared",
         got=f"{type(value).__name__}, which is not hashable",
         need="tensors, pytrees of tensors, and hashable static values",
         from_=users_line(),
@@ -141,12 +216,11 @@ def wrong_result(forward: Callable[..., Any], logits: Any, tokens: Tensor) -> No
     if isinstance(logits, Tensor):
         sizes = ", ".join("num_tokens" if n in leading else n for n in shape or ())
         got = f"({sizes}) of {str(logits.dtype).removeprefix('torch.')}"
-    code = getattr(forward, "__code__", None)
     raise TraceError(
-        f"{forward.__name__} does not return logits",
+        f"{name_of(forward)} does not return logits",
         got=got,
         need="one floating-point tensor of shape (num_tokens, vocab) for tokens (num_tokens,)",
-        from_=f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}" if code else None,
+        from_=_defined(forward),
         fix="return ops.unembed(x, params['head']), with x of shape (*batch, seq, hidden)",
     )
 

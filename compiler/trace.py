@@ -26,13 +26,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from compiler import refuse
-from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType
-from compiler.names import argument_names, name_by_users_variables, unique
+from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, target_name
+from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize
+from compiler.static import snapshot, surroundings
 from compiler.verify import verify
 from funcmodels.block import set_tracer
 from funcmodels import tree
-from funcmodels.source import users_line
+from funcmodels.errors import TraceError
+from funcmodels.source import SourceLine, users_line
 from funcmodels.spec import Model, Param
 
 # Symbolic sizes need an example. A program that branches on it is refused, so it never matters.
@@ -50,7 +52,26 @@ def trace(model: Model, *, batched: bool = False, segments: bool = False) -> Pro
         TraceError: the function is not a pure function of its arguments that can be recorded, or
             does not return logits; each error names the user's line.
     """
-    return _Tracer(model, ("batch", "seq") if batched else ("num_tokens",), segments).run()
+    dims = ("batch", "seq") if batched else ("num_tokens",)
+    tracer = _Tracer(model, dims, segments)
+    program = tracer.run()
+    if tracer.dtype_read is not None:  # does Python decide by what it read? Then others differ.
+        for dtype in (torch.bfloat16, torch.float32):
+            other = _Tracer(model, dims, segments, dtype).run()
+            if _outline(other, dtype) != _outline(program, dtype):
+                raise refuse.branch_on_dtype(tracer.dtype_read)
+    return program
+
+
+def _outline(program: Program, dtype: torch.dtype) -> list[str]:
+    """A program as text that is the same for the stand-in and for another dtype in its place."""
+    same = {str(MODEL_DTYPE), str(dtype)}
+
+    def line(node: fx.Node) -> str:
+        args = fx.node.map_aggregate((node.args, node.kwargs), lambda a: "model" if str(a) in same else a)
+        return f"{node.op} {target_name(node.target)} {args}"
+
+    return [line(node) for block in program.all() for node in block.graph.nodes]
 
 
 class _Scope:
@@ -86,8 +107,16 @@ class _Recorded:
 class _Tracer(TorchFunctionMode):
     """Runs the user's function and writes down what it does."""
 
-    def __init__(self, model: Model, dims: tuple[str, ...], segments: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        dims: tuple[str, ...],
+        segments: bool,
+        dtype: torch.dtype = MODEL_DTYPE,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
+        self.dtype_read: SourceLine | None = None  # where Python first looked at the model's dtype
         self.model = model
         self.dims = dims
         self.segments = segments
@@ -98,6 +127,8 @@ class _Tracer(TorchFunctionMode):
         self.paths: dict[int, str] = {}  # id of a parameter -> its path
         self.symbols: dict[str, str] = {}  # torch's symbol -> our name
         self.guards = 0
+        self.takes_gradients = torch.is_grad_enabled()
+        self.refused: TraceError | None = None
 
     # The run
 
@@ -137,7 +168,7 @@ class _Tracer(TorchFunctionMode):
 
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""
-        meta = torch.empty(param.shape, dtype=param.dtype or MODEL_DTYPE, device="meta")
+        meta = torch.empty(param.shape, dtype=param.dtype or self.dtype, device="meta")
         value = FakeTensor(self.fake, meta, torch.device("cpu"))
         self.paths[id(value)] = path
         self.scopes[-1].own(value, path, param)
@@ -152,7 +183,16 @@ class _Tracer(TorchFunctionMode):
             raise refuse.branch_on_value(error) from error
         self._check_branches()
         refuse.mutated_tree(fn, before, pytree.tree_leaves((args, kwargs)))
+        if self.refused is not None:
+            raise self.refused
         return result
+
+    def _check_context(self) -> None:
+        """What a `with` changes about operations would be lost: they are recorded without it."""
+        if torch.is_grad_enabled() != self.takes_gradients:
+            raise refuse.context("torch.no_grad or torch.inference_mode", "x.detach()")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise refuse.context("torch.autocast", "x.to(dtype) where a cast is meant")
 
     def _check_branches(self) -> None:
         """A guard that no operation made was made by the user's Python: a branch on a size."""
@@ -172,11 +212,15 @@ class _Tracer(TorchFunctionMode):
 
     def _size(self, n: Any) -> Any:
         """An int, or a symbolic size's expression in the names of the model's dims."""
+        if isinstance(n, torch.SymFloat):
+            raise refuse.size_as_value(n, self.symbols)
         if not isinstance(n, torch.SymInt):
             return n
         expr = n.node.expr
         if expr.is_Integer:
             return int(expr)
+        if any(str(s) not in self.symbols for s in expr.free_symbols):
+            raise refuse.branch_on_value(None, "the shape of this")
         return Sym(str(expr.subs({s: self.symbols[str(s)] for s in expr.free_symbols})))
 
     def _node_of(self, value: Tensor, user: Any) -> fx.Node:
@@ -205,16 +249,29 @@ class _Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        try:
+            return self._record_call(func, args, kwargs)
+        except TraceError as error:
+            self.refused = self.refused or error  # the user's own `except` must not hide it
+            raise
+
+    def _record_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._check_branches()
         refuse.impure(func, args, kwargs)
+        self._check_context()
         try:
             out = func(*args, **kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
-        self.guards = len(self.shapes.guards)  # what the operation itself assumes is no branch
+        for guard in self.shapes.guards[self.guards :]:
+            if _fixes_a_size(guard.expr):
+                raise refuse.branch_on_size(guard.expr, self.symbols)
+        self.guards = len(self.shapes.guards)  # else what an operation itself assumes is no branch
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
+            if out is self.dtype and self.dtype_read is None:
+                self.dtype_read = users_line()
             return out
-        if is_identity(func):
+        if is_identity(func, args, kwargs):
             out = out.detach()
             self.scopes[-1].bind(out, self._node_of(args[0], func))
             return out
@@ -250,7 +307,8 @@ class _Tracer(TorchFunctionMode):
         """Record a block the first time it is called in this way, and a call of it every time."""
         self._check_branches()
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (fn, spec, tuple(self._describe(leaf, fn) for leaf in leaves))
+        described = tuple(self._describe(leaf, fn) for leaf in leaves)
+        key = (fn, spec, described, _aliases(leaves), surroundings(fn))
         if key not in self.recorded:
             self.recorded[key] = self._record(fn, leaves, spec)
         found = self.recorded[key]
@@ -285,10 +343,10 @@ class _Tracer(TorchFunctionMode):
             param = self.model.by_path[path]
             return (param.axes, param.shape, param.dtype, self.model.specs[path], param.hf)
         try:
-            hash(leaf)
+            hash(found := snapshot(leaf))
         except TypeError:
             raise refuse.unhashable(leaf, fn) from None
-        return (type(leaf), leaf)
+        return found
 
     def _record(self, fn: Callable[..., Any], leaves: list[Any], spec: Any) -> _Recorded:
         """Run a block's function once, on the tensors of its first call."""
@@ -309,9 +367,21 @@ class _Tracer(TorchFunctionMode):
         self._return([self._node_of(t, fn) for t in tensors])
         self.scopes.pop()
         taken = {r.block.name for r in self.recorded.values()} | {"forward"}
-        block = Block(unique(fn.__name__, taken), scope.graph, scope.params, static, fn)
+        name = unique(identifier(refuse.name_of(fn)), taken)
+        block = Block(name, scope.graph, scope.params, static, fn)
         name_by_users_variables(block)
         return _Recorded(block, tensors, out, out_spec)
+
+
+def _aliases(leaves: list[Any]) -> tuple[int, ...] | None:
+    """Which tensors of a call are one and the same; None where no two are."""
+    ids = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    return None if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+
+
+def _fixes_a_size(guard: Any) -> bool:
+    """Whether a guard says that a size is one number: what a loop over tokens unrolls to."""
+    return guard.is_Relational and guard.rel_op == "==" and guard.lhs.is_Atom and guard.rhs.is_Atom
 
 
 def _inferred(shape: tuple) -> tuple:

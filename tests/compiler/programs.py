@@ -1,0 +1,82 @@
+"""Small models for the compiler's tests, and the two ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import funcmodels as fm
+from compiler import evaluate
+from compiler.comm import Comm, Simulated
+from compiler.ir import Program
+from compiler.partition import Partitioned
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 24, 16, 4, 2, 4, 12
+TABLE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
+
+
+def axes() -> fm.Axes:
+    """The axes that the small models share."""
+    return fm.axes(
+        vocab=VOCAB,
+        hidden=HIDDEN,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        mlp=MLP,
+        one=1,
+    )
+
+
+def small(
+    forward: Callable[..., Any],
+    params: dict[str, Any] | None = None,
+    sharding: dict[str, str | None] | None = None,
+    name: str = "Small",
+) -> fm.Model:
+    """A model of a forward function, with `embed` and `head` beside the given parameters."""
+    P = axes()
+    ends = {"embed": P("vocab hidden"), "head": P("vocab hidden")}
+    return fm.Model(name, None, ends | (params or {}), forward, sharding=sharding or {})
+
+
+def weights_of(model: fm.Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Weights far from zero, so that no difference hides in small values."""
+
+    def draw(path: str, param: fm.Param) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + sum(map(ord, path)))
+        value = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        width = param.shape[-1] if len(param.shape) > 1 else 1
+        return (1.3 * value / width**0.5).to(param.dtype or dtype)
+
+    return fm.tree.map_with_path(draw, model.params)
+
+
+def inputs_of(*shape: int, vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
+    """Tokens and positions; (num_tokens,) or (batch, seq)."""
+    tokens = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return tokens, torch.arange(shape[-1]).expand(shape)
+
+
+def evaluated(program: Program, weights: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """A program on one rank."""
+    comm = Simulated(1)
+    local = evaluate.local_weights(program, weights, comm)
+    (logits,) = evaluate.run(program, local, tokens, positions, comm)
+    return logits
+
+
+def on_ranks(
+    program: Program, weights: Any, tokens: Tensor, positions: Tensor, comm: Comm
+) -> list[Tensor]:
+    """A partitioned program on the ranks of `comm`."""
+    local = evaluate.local_weights(program, weights, comm)
+    return evaluate.run(program, local, tokens, positions, comm)
+
+
+def allowed(program: Partitioned, parts: int) -> bool:
+    """Whether a partitioned program may run on so many ranks."""
+    return all(need.allows(parts) for need in program.needs)
