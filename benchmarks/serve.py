@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct, bfloat16, tensor parallel 1, with vLLM's settings the same on all sides.
 Each side is a process of its own that holds its engine; the sides take turns, A B C A B C ..., so
 that whatever else the machine does, and its clock, hits all alike. The first turn is thrown away.
-A figure is the median over the turns, and a ratio the median of the ratios of each turn.
+A figure is the median over the turns, and a ratio that of two medians.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from benchmarks.table import Row, report, spread
+from benchmarks.table import Row, compare, report, spread
 from examples.smollm2 import convert
 
 OURS, LLAMA, TRANSFORMERS = "ours", "vLLM Llama", "transformers backend"
@@ -217,11 +217,8 @@ def to_rows(figures: Figures, mode: str) -> list[Row]:
     rows = []
     for what, by_side in figures.items():
         medians = {name: median(values) for name, values in by_side.items()}
-        peers = {name: value for name, value in medians.items() if name != OURS}
-        best = max(peers, key=lambda name: peers[name])
-        ratio = median(a / b for a, b in zip(by_side[OURS], by_side[best], strict=True))
-        others = {name: value for name, value in peers.items() if name != best}
-        rows.append(Row(f"{mode} {what}", medians[OURS], peers[best], best, ratio, UNIT, others))
+        ours = medians.pop(OURS)
+        rows.append(compare(f"{mode} {what}", ours, medians, UNIT, more_is_better=True))
     return rows
 
 
