@@ -149,7 +149,8 @@ class _Planner:
         for node, attr in self.call_names(block, names, anchor).items():
             placed.calls[node] = take(attr)
         for node in block.graph.nodes:
-            if is_param(node) and (set(node.users) - set(placed.layers)):
+            holders = {n for n in placed.layers if n.target not in WITHOUT_WEIGHTS}
+            if is_param(node) and (set(node.users) - holders):
                 name = str(node.target)
                 if name in in_layers:
                     raise LoweringError(
