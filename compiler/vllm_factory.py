@@ -32,7 +32,10 @@ class FactoryModel(nn.Module, SupportsLoRA, SupportsPP):
             configure_quant_config(vllm_config.quant_config, served)
         return served(vllm_config=vllm_config, prefix=prefix)
 
-    # Never called: vLLM decides by these that the class generates text.
+    # Never called: vLLM decides by these how to build the class, and that it generates text.
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        raise NotImplementedError
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -24,8 +24,10 @@ def register() -> None:
     from vllm.logger import init_logger
 
     AutoConfig.register("funcmodels", _config_class(), exist_ok=True)
-    for name in (n for n in ZOO if n.startswith("Fm")):  # never in the place of vLLM's own
-        ModelRegistry.register_model(name, f"compiler.vllm_zoo:{name}")
+    known = ModelRegistry.get_supported_archs()
+    for name in ZOO:
+        if name not in known:  # neither in the place of vLLM's own class nor of a user's
+            ModelRegistry.register_model(name, f"compiler.vllm_zoo:{name}")
     for name, entry in registered().items():
         try:
             register_entry(name, entry)

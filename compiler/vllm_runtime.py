@@ -1,4 +1,4 @@
-"""What emitted model files carry along: each function is copied into the file as it stands here.
+"""What emitted model files carry along: functions are copied into them as they stand here.
 
 They may use the names that the file imports, and nothing of this package.
 """
@@ -6,9 +6,37 @@ They may use the names that the file imports, and nothing of this package.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from vllm import _custom_ops
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+
+class FastRMSNorm(RMSNorm):
+    """vLLM's RMSNorm; run eagerly on a CPU, by vLLM's kernel and not by ten operations."""
+
+    def forward_cpu(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        if residual is None:
+            # The kernel reads a tensor's rows one after another, and writes no strides.
+            x = x.contiguous()
+            out = torch.empty_like(x)
+            _custom_ops.rms_norm(out, x, self.weight, self.variance_epsilon)
+            return out
+        if not (x.is_contiguous() and residual.is_contiguous()):
+            return self.forward_native(x, residual)
+        _custom_ops.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+        return x, residual
+
+
+class FastSiluAndMul(SiluAndMul):
+    """vLLM's SiluAndMul; run eagerly on a CPU, it makes one new tensor and not two."""
+
+    def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
@@ -62,7 +90,7 @@ def check_ranks(axes: dict) -> None:
 
 
 def check_full_attention(vllm_config: VllmConfig) -> None:
-    """Refuse a config.json whose sliding window the engine would lay over full attention."""
+    """Refuse a sliding window of config.json over a model that attends to all tokens."""
     window = vllm_config.cache_config.sliding_window
     if window is not None:
         raise ValueError(
@@ -86,11 +114,11 @@ def check_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
 
 
 def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
-    """Say where this rope is not the pure function's: the engine fixes one set of factors."""
+    """Say where this rope differs: the engine fixes one set of factors for all."""
     if vllm_config.model_config.max_model_len > limit:
         init_logger(__name__).warning(
             "rope type %r: with max_model_len above %d the engine uses the factors for "
-            "long sequences for all requests, short ones too; max_model_len=%d is exact",
+            "long sequences for all requests, short too; max_model_len=%d is exact",
             rope_type,
             limit,
             limit,
@@ -110,7 +138,8 @@ def rms_norm(
 
 def own_block(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     """This rank's block of a value that every rank has whole."""
-    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    ranks = get_tensor_model_parallel_world_size()
+    rank = get_tensor_model_parallel_rank()
     parts = min(ranks, units)
     width = x.shape[dim] // parts
     return x.narrow(dim, rank * parts // ranks * width, width)

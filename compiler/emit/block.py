@@ -23,7 +23,9 @@ def emit_block(module: Module, block: Block, placed: Placed) -> list[str]:
     inputs = [scope.bind(node) for node in block.inputs]
     body = statements(scope, [n for n in block.graph.nodes if n.op != "output"], 8)
     results = ", ".join(scope.value(r) for r in block.results)
-    types = ["torch.Tensor | None" if "optional" in n.meta else "torch.Tensor" for n in block.inputs]
+    types = [
+        "torch.Tensor | None" if "optional" in n.meta else "torch.Tensor" for n in block.inputs
+    ]
     arguments = ["self", *(f"{n}: {t}" for n, t in zip(inputs, types, strict=True))]
     count = len(block.results)
     returns = "torch.Tensor" if count == 1 else f"tuple[{', '.join(['torch.Tensor'] * count)}]"
@@ -58,7 +60,9 @@ def constructor(scope: Scope) -> list[str]:
         if not _in_list(attr):
             name = module.class_name(str(node.target))
             made += _containers(attr, made)
-            made += call(f"self.{attr} = {name}", ["vllm_config", f'prefix=f"{{prefix}}.{attr}"'], 8)
+            made += call(
+                f"self.{attr} = {name}", ["vllm_config", f'prefix=f"{{prefix}}.{attr}"'], 8
+            )
     lines += [f"        {check}" for check in checks]
     if scope.local:
         module.use("get_tensor_model_parallel_world_size")
@@ -184,4 +188,3 @@ def _targets(scope: Scope, node: fx.Node) -> str:
     for i in range(len(types)):
         names.append(scope.bind(parts[i]) if i in parts else "_")
     return ", ".join(names)
-

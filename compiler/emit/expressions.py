@@ -144,8 +144,9 @@ def _geglu(scope: Scope, node: fx.Node) -> str:
 def _rms_norm(scope: Scope, node: fx.Node) -> str:
     x, weight = (scope.value(a) for a in node.args)
     name = scope.module.help("rms_norm")
-    scope.module.use("torch")
-    return f"{name}({x}, {weight}, eps={node.kwargs['eps']}, offset={node.kwargs.get('offset', 0.0)})"
+    return (
+        f"{name}({x}, {weight}, eps={node.kwargs['eps']}, offset={node.kwargs.get('offset', 0.0)})"
+    )
 
 
 @special(ops.layer_norm)
@@ -170,9 +171,4 @@ def _all_gather(scope: Scope, node: fx.Node) -> str:
 @special(collectives.take_block)
 def _take_block(scope: Scope, node: fx.Node) -> str:
     x, dim, units = node.args[:3]
-    scope.module.use("get_tensor_model_parallel_rank")
-    scope.module.use("get_tensor_model_parallel_world_size")
-    scope.module.use("torch")
     return f"{scope.module.help('own_block')}({scope.value(x)}, dim={dim}, units={units})"
-
-

@@ -75,8 +75,12 @@ def _linear(scope: Scope, node: fx.Node, attr: str) -> Layer:
     ins = _features(scope, params[0], matrices[0].in_dims)  # type: ignore[index,union-attr]
     settings: dict[str, str | None]
     if kind == "qkv":
-        heads, kv_heads = (_units(scope, p, m) for p, m in list(zip(params, matrices, strict=True))[:2])  # type: ignore[arg-type]
-        widths = [_features(scope, p, m.out_dims[1:]) for p, m in zip(params, matrices, strict=True)]  # type: ignore[arg-type,union-attr]
+        heads, kv_heads = (
+            _units(scope, p, m) for p, m in list(zip(params, matrices, strict=True))[:2]
+        )  # type: ignore[arg-type]
+        widths = [
+            _features(scope, p, m.out_dims[1:]) for p, m in zip(params, matrices, strict=True)
+        ]  # type: ignore[arg-type,union-attr]
         settings = {
             "hidden_size": ins,
             "head_size": widths[0],
@@ -124,7 +128,7 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
             from_=node.meta["where"],
             fix="fold the offset into the weight",
         )
-    name = scope.module.use("GemmaRMSNorm" if offset else "RMSNorm")
+    name = scope.module.use("GemmaRMSNorm") if offset else scope.module.help("FastRMSNorm")
     args = [scope.module.size(param.axes[-1], param.shape[-1]), f"eps={node.kwargs['eps']}"]
     if not fused:
         return Layer(name, args, f"{{}}({scope.value(node.args[0])})")
@@ -139,7 +143,7 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
 def _layer_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     param = scope.block.params[str(node.args[1].target)]  # type: ignore[union-attr]
     scope.module.use("nn")
-    bias = len(node.args) > 2 and node.args[2] is not None or node.kwargs.get("bias") is not None
+    bias = (len(node.args) > 2 and node.args[2] is not None) or node.kwargs.get("bias") is not None
     size = scope.module.size(param.axes[-1], param.shape[-1])
     args = [size, f"eps={node.kwargs['eps']}", *([] if bias else ["bias=False"])]
     return Layer("nn.LayerNorm", args, f"{{}}({scope.value(node.args[0])})")
@@ -147,7 +151,7 @@ def _layer_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
 
 @builds(layers.silu_and_mul)
 def _silu_and_mul(scope: Scope, node: fx.Node, attr: str) -> Layer:
-    return Layer(scope.module.use("SiluAndMul"), [], f"{{}}({scope.value(node.args[0])})")
+    return Layer(scope.module.help("FastSiluAndMul"), [], f"{{}}({scope.value(node.args[0])})")
 
 
 @builds(layers.gelu_and_mul)
@@ -234,8 +238,6 @@ def _slopes(scope: Scope, slopes: Any) -> str | None:
     if slopes is None:
         return None
     if isinstance(slopes, LocalValues):
-        for name in ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"):
-            scope.module.use(name)
         return f"{scope.module.help('own_values')}({literal(list(slopes.values))})"
     if isinstance(slopes, (tuple, list)):
         return literal(list(slopes))
@@ -281,7 +283,6 @@ def _rope_parameters(
         return {**out, "rope_type": "default"}, checks
     if kind == "longrope":
         limit = scaling.get("original_max_position_embeddings") or s.get("max_position")
-        scope.module.use("init_logger")
         checks = [f"{scope.module.help('warn_length')}(vllm_config, {limit}, {literal(kind)})"]
         scaling["original_max_position_embeddings"] = limit
         if (factor := scaling.pop("attention_factor", None)) is not None:

@@ -70,7 +70,9 @@ class _Writer:
         (result,) = split.body.results
         self.body.preferred[result] = "hidden_states"
         taken = {self.module.class_name(name) for name in plan.blocks} | {self.model.name}
-        self.body_class = unique(f"{base}Model" if f"{base}Model" not in taken else f"{base}Body", taken)
+        self.body_class = unique(
+            f"{base}Model" if f"{base}Model" not in taken else f"{base}Body", taken
+        )
 
     def rolled(self) -> _Root:
         """The body in three, where one loop runs over its layers; else in one."""
@@ -154,7 +156,8 @@ class _Writer:
             return []
         source = (Path(__file__).parent.parent / "vllm_runtime.py").read_text()  # not imported:
         lines = source.split("\n")  # compiling needs no vLLM
-        functions = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        functions = {n.name: n for n in ast.parse(source).body if isinstance(n, kinds)}
         found = [functions[name] for name in sorted(self.module.helpers)]
         return [lines[f.lineno - 1 : f.end_lineno] for f in found]
 
@@ -275,9 +278,7 @@ class _Writer:
     def make_layers(self, container: str, loop: Loop | None) -> list[str]:
         """The lines that make a list of layers, of one class or of several."""
         m = self.module
-        calls = [
-            c for c, a in self.body.placed.calls.items() if a.rpartition(".")[0] == container
-        ]
+        calls = [c for c, a in self.body.placed.calls.items() if a.rpartition(".")[0] == container]
         classes = [m.class_name(str(c.target)) for c in calls]
         if len(set(classes)) == 1:
             make = f"lambda prefix: {classes[0]}(vllm_config, prefix=prefix)"
@@ -349,9 +350,7 @@ class _Writer:
                 starts.append(f"        {carried} = {value}")
         for node, carried in zip(loop.results, names, strict=True):
             scope.bind(node, carried)
-        arguments = [
-            names[p] if isinstance(p, int) else scope.value(p) for p in loop.pattern
-        ]
+        arguments = [names[p] if isinstance(p, int) else scope.value(p) for p in loop.pattern]
         over = f"self.{loop.container}"
         if self.staged:
             over = f"{self.module.use('islice')}({over}, self.start_layer, self.end_layer)"
@@ -383,17 +382,26 @@ class _Writer:
         """Statements, with the embedding's own lines in its place."""
         at = nodes.index(embedding)
         before = statements(self.body, nodes[:at], 8)
-        return [*before, *(f"        {e}" for e in embed), *statements(self.body, nodes[at + 1 :], 8)]
+        return [
+            *before,
+            *(f"        {e}" for e in embed),
+            *statements(self.body, nodes[at + 1 :], 8),
+        ]
 
     # The class that vLLM loads
 
     def served_class(self) -> list[str]:
         m, inner = self.module, self.plan.inner
-        for name in ("maybe_prefix", "Iterable", "AutoWeightsLoader", "WeightsMapper", "SupportsLoRA"):
+        for name in (
+            "maybe_prefix",
+            "Iterable",
+            "AutoWeightsLoader",
+            "WeightsMapper",
+            "SupportsLoRA",
+        ):
             m.use(name)
         for name in ("check_config", "check_ranks", "check_registered"):
             m.help(name)
-        m.use("get_tensor_model_parallel_world_size")
         logits = self.logits_lines()
         bases = ["nn.Module", "SupportsLoRA", *(["SupportsPP"] if self.staged else [])]
         if self.staged:
@@ -443,7 +451,9 @@ class _Writer:
             need.axis: f"{quoted(need.axis)}: ({self.module.size(need.axis, need.units)}, {need.exact})"
             for need in sorted(served_needs(self.program), key=lambda need: need.exact)
         }
-        return call("check_ranks", [f"{{{', '.join(rows.values())}}}"], 8) if rows else []
+        if not rows:
+            return []
+        return call(self.module.help("check_ranks"), [f"{{{', '.join(rows.values())}}}"], 8)
 
     def packed(self) -> dict[str, str]:
         """Fused module -> its parts, as quantisation and LoRA ask for them."""
@@ -453,7 +463,9 @@ class _Writer:
         }
 
     def embedding_modules(self) -> list[str]:
-        embeds = [a for n, a in self.body.placed.layers.items() if n.target is layers.vocab_embedding]
+        embeds = [
+            a for n, a in self.body.placed.layers.items() if n.target is layers.vocab_embedding
+        ]
         heads = [a for n, a in self.head.placed.layers.items() if n.target is layers.logits]
         rows = {quoted(a.rpartition(".")[2]): '"input_embeddings"' for a in embeds}
         rows |= {quoted(a): '"output_embeddings"' for a in heads}
@@ -463,7 +475,9 @@ class _Writer:
         m, scope = self.module, self.head
         logits = [n for n in scope.placed.layers if n.target is layers.logits]
         lines = [line.replace("{prefix}.", "") for line in constructor(scope)]
-        lines = [re.sub(r'prefix=f"([\w.]+)"', r'prefix=maybe_prefix(prefix, "\1")', x) for x in lines]
+        lines = [
+            re.sub(r'prefix=f"([\w.]+)"', r'prefix=maybe_prefix(prefix, "\1")', x) for x in lines
+        ]
         if not logits:
             return lines
         vocab = scope.block.params[str(logits[0].args[1].target)]  # type: ignore[union-attr]
@@ -544,7 +558,9 @@ def _sequence(name: str, values: list[str]) -> list[str]:
     for period in range(1, len(values) // 2 + 1):
         if len(values) % period == 0 and values == values[:period] * (len(values) // period):
             unit = ", ".join(values[:period])
-            return [f"        {name} = ({unit}{',' if period == 1 else ''}) * {len(values) // period}"]
+            return [
+                f"        {name} = ({unit}{',' if period == 1 else ''}) * {len(values) // period}"
+            ]
     return [f"        {name} = (", *(f"            {v}," for v in values), "        )"]
 
 
@@ -556,4 +572,3 @@ def _statement_end(lines: list[str], at: int) -> int:
         if depth <= 0:
             return i + 1
     return len(lines)
-

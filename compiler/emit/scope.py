@@ -23,6 +23,7 @@ IMPORTS = {
     "F": "torch.nn",
     "nn": "torch",
     "rearrange": "einops",
+    "_custom_ops": "vllm",
     "support_torch_compile": "vllm.compilation.decorators",
     "VllmConfig": "vllm.config",
     "get_pp_group": "vllm.distributed",
@@ -57,6 +58,20 @@ IMPORTS = {
     "set_weight_attrs": f"{_ROOT}.utils",
     "IntermediateTensors": "vllm.sequence",
 }
+# What the helpers of `compiler.vllm_runtime` use of these.
+HELPERS_USE = {
+    "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
+    "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
+    "check_ranks": ("get_tensor_model_parallel_world_size",),
+    "own_block": (
+        "get_tensor_model_parallel_rank",
+        "get_tensor_model_parallel_world_size",
+        "torch",
+    ),
+    "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
+    "rms_norm": ("torch",),
+    "warn_length": ("init_logger",),
+}
 
 
 @dataclass
@@ -88,6 +103,8 @@ class Module:
     def help(self, name: str) -> str:
         """A helper's name, carried along."""
         self.helpers.add(name)
+        for needed in HELPERS_USE.get(name, ()):
+            self.use(needed)
         return name
 
     def size(self, axis: str, size: int) -> str:
