@@ -14,11 +14,11 @@ setup: ## make or update .venv
 demo: setup ## the whole way on SmolLM2-135M: inspect, compile, serve, compare, fine-tune, serve
 	@$(PY) -m examples.demo
 
-test: lint ## lint and the full test suite, real engine included
-	$(PY) -m pytest
+test: lint quick ## lint and the full test suite, real engine included
+	$(PY) -m pytest -m "engine or slow"
 
-quick: setup ## the tests without the engine, under two minutes
-	$(PY) -m pytest -m "not engine and not slow"
+quick: setup ## the tests without the engine, under two minutes; vLLM cannot be imported in them
+	$(PY) -m pytest -p tests.no_vllm -m "not engine and not slow" --ignore=tests/engine
 
 lint: setup ## ruff and pyright
 	$(PY) -m ruff check .
