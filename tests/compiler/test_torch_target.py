@@ -129,7 +129,11 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, kv_heads: int):
                     expected = whole.chunk(2, dim)[rank]
             for kind in ("grads", "functional"):
                 torch.testing.assert_close(
-                    found[kind][path], expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{path}: {m}"
+                    found[kind][path],
+                    expected,
+                    rtol=1e-4,
+                    atol=1e-6,
+                    msg=lambda m, path=path: f"{path}: {m}",
                 )
 
 
