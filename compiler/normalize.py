@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcmodels import ops
+from funcmodels.ops import primitive
 
 Call = tuple[Callable[..., Any], tuple, dict]
 
@@ -104,7 +105,7 @@ def is_identity(func: Any, args: tuple, kwargs: dict) -> bool:
 def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
     """The one spelling of a call that a TorchFunctionMode sees."""
     name = _name(func)
-    kwargs = _said(func, kwargs)
+    args, kwargs = _in_place_of_names(func, name, args, _said(func, kwargs))
     if name in _TAKES_SIZES:
         args = _packed(args)
     if name in _REVERSED:
@@ -124,6 +125,9 @@ def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
         return torch.reshape, (args[0], tuple(shape)), {}
     if name in ("view_as", "reshape_as"):
         return torch.reshape, (args[0], tuple(args[1].shape)), {}
+    if name in ("expand", "expand_as", "broadcast_to"):
+        sizes = args[1].shape if isinstance(args[1], Tensor) else args[1]
+        return Tensor.expand, (args[0], tuple(sizes)), {}
     if name in ("T", "mT", "t"):
         dims = args[0].ndim
         return (torch.transpose, (args[0], dims - 2, dims - 1), {}) if dims > 1 else (torch.reshape, (args[0], tuple(args[0].shape)), {})
@@ -148,6 +152,27 @@ def _name(func: Any) -> str:
     return name
 
 
+_ARGUMENTS = {"linear": ("input", "weight", "bias"), "cat": ("tensors",), "stack": ("tensors",)}
+
+
+def _in_place_of_names(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Tensors by position, whichever way they were given: `matmul(x, other=y)` as `matmul(x, y)`."""
+    if func in primitive.ALL.values():
+        bound = _signature(func).bind(*args, **kwargs)
+        return bound.args, bound.kwargs
+    kwargs = dict(kwargs)
+    for argument in _ARGUMENTS.get(name, ("input", "other"))[len(args) :]:
+        if argument not in kwargs:
+            break
+        args = (*args, kwargs.pop(argument))
+    return args, kwargs
+
+
+@functools.lru_cache(maxsize=512)
+def _signature(func: FunctionType) -> inspect.Signature:
+    return inspect.signature(func)
+
+
 def _said(func: Any, kwargs: dict) -> dict:
     """The keyword arguments without those that only repeat the function's defaults."""
     if not kwargs or not isinstance(func, FunctionType):
@@ -158,7 +183,7 @@ def _said(func: Any, kwargs: dict) -> dict:
 
 @functools.lru_cache(maxsize=512)
 def _defaults(func: FunctionType) -> dict[str, Any]:
-    parameters = inspect.signature(func).parameters.values()
+    parameters = _signature(func).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 

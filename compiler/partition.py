@@ -8,16 +8,18 @@ in between. Sizes stay symbolic in the number of ranks: one partitioned program 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from compiler import collectives
-from compiler.ir import Block, Program, TensorType, target_name, tensor_type
+from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
 from compiler.names import unique
 from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
-from compiler.rules import TOKENS, Decision, View, decide, is_cut
+from compiler.rules import RULES, TOKENS, Decision, View, decide, is_cut
 from compiler.verify import verify
 from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
@@ -85,7 +87,10 @@ class _Partitioner:
         root, _ = self.block(self.source.root, (start,) * len(self.source.root.inputs), root=True)
         blocks = {block.name: block for block, _ in self.done.values() if block is not root}
         # Where nothing demands a division, a parameter's block may lie on several ranks.
-        exact = {need.axis for need in self.needs.values() if need.exact}
+        exact: dict[str, int] = {}
+        for need in self.needs.values():
+            if need.exact:
+                exact[need.axis] = math.gcd(exact.get(need.axis, 0), need.units)
         for block in (*blocks.values(), root):
             _sum_over_replicas(block, self.axis, exact)
         found = Partitioned(
@@ -238,6 +243,8 @@ class _BlockPartitioner:
             args = (at.dim, at.units)
             new, at = self._collective(new, collectives.all_gather, args, REPLICATE, user), REPLICATE
         if isinstance(to, Shard):
+            where = user.meta.get("where", old.meta["where"])
+            self.whole.need(to.axis, to.units, False, f"{old.name} is cut into blocks", where)
             new = self._collective(new, collectives.take_block, (to.dim, to.units), to, user)
         assert not isinstance(to, Partial), "nothing is made partial on purpose"
         return new
@@ -255,11 +262,16 @@ class _BlockPartitioner:
         return self.moved[key]
 
 
-def _sum_over_replicas(block: Block, axis: str, exact: set[str]) -> None:
-    """Mark parameters of which a block may lie on several ranks: their gradients are summed."""
+def _sum_over_replicas(block: Block, axis: str, exact: dict[str, int]) -> None:
+    """Mark parameters of which a block may lie on several ranks: their gradients are summed.
+
+    `exact` has, for each logical axis, a number that the ranks must divide.
+    """
     for node in list(block.graph.nodes):
         at = node.meta.get("placement")
-        if node.op != "get_attr" or not isinstance(at, Shard) or at.axis in exact:
+        if node.op != "get_attr" or not isinstance(at, Shard):
+            continue
+        if at.axis in exact and at.units % exact[at.axis] == 0:
             continue
         users = list(node.users)
         with block.graph.inserting_after(node):
@@ -281,8 +293,26 @@ def check_tokens_apart(program: Program) -> None:
         LoweringError: names the operation and the user's line.
     """
     local = partition(program, TOKENS)
+    known = {target_name(target) for target in RULES}
+    for found in local.gathered:
+        if found.operation in known:
+            raise _mixing(found.operation, found.where)
+        raise LoweringError(
+            f"{found.operation} is not known to leave tokens apart",
+            need="operations with a sharding rule, for tokens that belong to different requests",
+            from_=found.where,
+            fix="write it with torch functions that have one, or with ops.attention",
+        )
     for block in local.all():
         for node in block.graph.nodes:
+            if node.op == "call_function" and node.target not in _TAKE_SIZES and _reads_count(node):
+                raise LoweringError(
+                    f"{target_name(node.target)} computes with the number of tokens",
+                    got="in the engine, that is the size of a batch of many requests",
+                    need="values that do not depend on what else is in the batch",
+                    from_=node.meta["where"],
+                    fix="a config field, or `positions` for what depends on the place",
+                )
             mixing = node.target in collectives.ALL and node.target is not collectives.vary
             if node.op == "call_function" and mixing:
                 raise _mixes(node)
@@ -291,14 +321,33 @@ def check_tokens_apart(program: Program) -> None:
         raise _mixes(local.root.results[0])
 
 
+# Where a number of tokens is a size, not a value.
+_TAKE_SIZES = (torch.reshape, Tensor.expand, torch.zeros, torch.ones, torch.full, Tensor.new_zeros,
+               Tensor.new_ones, Tensor.new_full, *collectives.ALL)  # fmt: skip
+
+
+def _reads_count(node: fx.Node) -> bool:
+    """Whether the number of tokens is among a node's arguments."""
+    found = []
+    fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.append(isinstance(a, Sym)))
+    return any(found)
+
+
 def _mixes(node: fx.Node) -> LoweringError:
-    user = next(iter(node.users), node)
-    shown = user if user.op == "call_function" else node.all_input_nodes[0] if node.args else node
+    shown = node.args[0] if node.target is collectives.all_reduce else node
+    while shown.target in collectives.ALL and shown.users:
+        shown = next(iter(shown.users))
+    if shown.op != "call_function":
+        shown = node.all_input_nodes[0] if node.args else node
+    return _mixing(target_name(shown.target), node.meta["where"])
+
+
+def _mixing(operation: str, where: SourceLine) -> LoweringError:
     return LoweringError(
-        f"{target_name(shown.target)} makes tokens depend on each other, or on where they are in the batch",
+        f"{operation} makes tokens depend on each other, or on where they are in the batch",
         got="in the engine, the tokens beside each other belong to different requests",
         need="token-wise operations; ops.attention is the one that looks at other tokens",
-        from_=node.meta["where"],
+        from_=where,
         fix="use ops.attention, and `positions` for what depends on the place in the sequence",
     )
 

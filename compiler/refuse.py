@@ -122,6 +122,16 @@ def branch_on_value(error: Exception | None, name: str = "if, while or bool()") 
     )
 
 
+def fixes_size(func: Any) -> TraceError:
+    return TraceError(
+        f"{getattr(func, '__name__', func)} is only recorded for one number of tokens",
+        got="it takes the tokens apart, or torch cannot infer its shape for any number of them",
+        need="operations on whole (num_tokens, ...) tensors",
+        from_=users_line(),
+        fix="index with `...`, and for F.pad: torch.cat((x, x.new_zeros(...)), dim=-1)",
+    )
+
+
 def branch_on_dtype(where: SourceLine) -> TraceError:
     return TraceError(
         "what is computed depends on the model's dtype",
@@ -155,7 +165,7 @@ def context(what: str, fix: str) -> TraceError:
     )
 
 
-def branch_on_size(guard: Any, symbols: dict[str, str]) -> TraceError:
+def branch_on_size(guard: Any, symbols: dict[str, str], where: SourceLine) -> TraceError:
     text = str(guard)
     for symbol, name in symbols.items():
         text = text.replace(symbol, name)
@@ -163,7 +173,7 @@ def branch_on_size(guard: Any, symbols: dict[str, str]) -> TraceError:
         "Python branches on the number of tokens",
         got=f"the branch taken assumes {text}",
         need="code that does the same for any number of tokens: it would be frozen as traced",
-        from_=users_line(),
+        from_=where,
         fix="torch.where on a tensor condition, or decide by a config field",
     )
 

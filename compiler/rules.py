@@ -116,12 +116,16 @@ _UNARY = (
     torch.sigmoid, torch.tanh, torch.relu, torch.sin, torch.cos, torch.reciprocal, torch.square,
     torch.erf, torch.sign, torch.floor, torch.ceil, torch.round, torch.logical_not, torch.clamp,
     torch.isnan, torch.isinf, torch.isfinite, torch.nan_to_num, Tensor.to, torch.detach,
-    torch.zeros_like, torch.ones_like, torch.full_like,
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.bitwise_not, torch.clamp_min,
+    torch.clamp_max, torch.exp2, torch.log2, torch.log10, torch.tan, torch.atan, torch.sinh,
+    torch.cosh, torch.erfc, torch.trunc, F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign,
 )  # fmt: skip
 _BINARY = (
     torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.minimum,
     torch.floor_divide, torch.remainder, torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge,
-    torch.logical_and, torch.logical_or, torch.where, torch.lerp, torch.masked_fill, torch.addcmul,
+    torch.logical_and, torch.logical_or, torch.logical_xor, torch.bitwise_and, torch.bitwise_or,
+    torch.bitwise_xor, torch.bitwise_left_shift, torch.bitwise_right_shift, torch.where, torch.lerp,
+    torch.masked_fill, torch.addcmul, torch.addcdiv, torch.rsub, torch.fmod, torch.atan2,
     ops.swiglu, ops.geglu,
 )  # fmt: skip
 
@@ -132,9 +136,9 @@ def elementwise(view: View) -> Decision | None:
     rank = len(view.type(view.node).shape)
     out: Shard | None = None
     for node in view.tensors:
-        at = view.at(node)
-        if isinstance(at, Shard):
-            dim = at.dim + rank - len(view.type(node).shape)
+        at, shape = view.at(node), view.type(node).shape
+        dim = at.dim + rank - len(shape) if isinstance(at, Shard) else 0
+        if isinstance(at, Shard) and shape[at.dim] == view.type(view.node).shape[dim]:
             out = Shard(dim, at.units, at.axis)
             break
     if out is None:
@@ -249,19 +253,19 @@ def matmul(view: View) -> Decision | None:
     x, y = view.node.args[:2]
     assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
     rx, ry = len(view.type(x).shape), len(view.type(y).shape)
-    if rx < 2 or ry < 2:
-        return None
-    batch = [f"b{i}" for i in range(max(rx, ry) - 2)]
-    tx, ty = [*batch[len(batch) - rx + 2 :], "m", "k"], [*batch[len(batch) - ry + 2 :], "k", "n"]
-    if _broadcasts(view, x, y):
-        return None
-    return _contract(view, [x, y], [tx, ty], [*batch, "m", "n"])
+    batch = [f"b{i}" for i in range(max(rx, ry, 2) - 2)]
 
+    def term(node: fx.Node, own: list[str]) -> list[str]:
+        sizes = view.type(node).shape[: -len(own)]
+        lead = batch[len(batch) - len(sizes) :]
+        # A batch dim of 1 beside another's n is no dim of the product.
+        return [*(f"1{b}" if n == 1 else b for b, n in zip(lead, sizes, strict=True)), *own]
 
-def _broadcasts(view: View, x: fx.Node, y: fx.Node) -> bool:
-    """Whether a batch dim of one is 1 where the other's is not."""
-    a, b = view.type(x).shape[:-2], view.type(y).shape[:-2]
-    return any(m != n for m, n in zip(reversed(a), reversed(b), strict=False))
+    tx = term(x, ["m", "k"] if rx > 1 else ["k"])
+    ty = term(y, ["k", "n"] if ry > 1 else ["k"])
+    rest = [*(["m"] if rx > 1 else []), *(["n"] if ry > 1 else [])]
+    inner = [b if b in tx or b in ty else f"1{b}" for b in batch]
+    return _contract(view, [x, y], [tx, ty], [*inner, *rest])
 
 
 @rule(F.linear)
@@ -432,9 +436,10 @@ def expand(view: View) -> Decision | None:
     x = view.tensors[0]
     at, sizes = view.at(x), list(view.arg(1, "size"))
     if not isinstance(at, Shard):
-        return Decision({x: at}, at)
+        return Decision({x: at}, _by_tokens(view) or at)
     dim = at.dim + len(sizes) - len(view.type(x).shape)
-    sizes[dim] = -1
+    if sizes[dim] == view.type(x).shape[at.dim]:
+        sizes[dim] = -1
     return Decision({x: at}, Shard(dim, at.units, at.axis), args=(x, tuple(sizes)))
 
 
@@ -534,38 +539,129 @@ def sum_(view: View) -> Decision | None:
     return Decision({x: at}, PARTIAL, needs=needs)
 
 
-@rule(torch.mean, torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod)
+# Where `dim` stands among the arguments, if not second.
+_DIM_AT = {torch.norm: 2, torch.linalg.vector_norm: 2, torch.topk: 2, torch.roll: 2}
+
+
+@rule(torch.mean, torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod,
+      torch.max, torch.min, torch.argmax, torch.argmin, torch.any, torch.all, torch.norm,
+      torch.linalg.vector_norm)  # fmt: skip
 def reduction(view: View) -> Decision | None:
     """Along other dims than the cut one."""
+    if len(view.tensors) > 1:  # torch.max(x, y) is torch.maximum
+        return elementwise(view)
     return _reduced(view, view.tensors[0])
 
 
 def _reduced(view: View, x: fx.Node) -> Decision | None:
     """A reduction that leaves the cut dim, or None where it goes over it."""
     at, rank = view.whole(x), len(view.type(x).shape)
+    count = len(types) if isinstance(types := view.node.meta["type"], tuple) else None
     if not isinstance(at, Shard):
-        return Decision({x: at}, at)
-    dims = view.arg(1, "dim")
+        return Decision({x: at}, at if count is None else (at,) * count)
+    dims = view.arg(_DIM_AT.get(view.node.target, 1), "dim")
     if dims is None:
         return None
     gone = {dim_of(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
     if at.dim in gone:
         return None
-    keep = view.arg(2, "keepdim", False)
-    dim = at.dim if keep else at.dim - sum(d < at.dim for d in gone)
-    return Decision({x: at}, Shard(dim, at.units, at.axis))
+    types = view.node.meta["type"]
+    first = types[0] if isinstance(types, tuple) else types
+    keep = len(first.shape) == rank
+    out = Shard(at.dim if keep else at.dim - sum(d < at.dim for d in gone), at.units, at.axis)
+    return Decision({x: at}, (out,) * len(types) if isinstance(types, tuple) else out)
 
 
-@rule(torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.flip)
+@rule(torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.cumprod, torch.flip,
+      torch.roll, torch.sort, torch.argsort, torch.topk, torch.gather, torch.take_along_dim)  # fmt: skip
 def along_dim(view: View) -> Decision | None:
-    """Same shape out, along another dim than the cut one."""
-    x = view.tensors[0]
+    """The dims that are left whole keep their places; the cut one must be among them."""
+    x, *rest = view.tensors
     at, rank = view.whole(x), len(view.type(x).shape)
-    dims = view.arg(1, "dim", view.node.kwargs.get("dims"))
+    last = -1 if view.node.target in (torch.sort, torch.argsort, torch.topk) else None
+    i = 2 if view.node.target is torch.take_along_dim else _DIM_AT.get(view.node.target, 1)
+    dims = view.arg(i, "dim", view.node.kwargs.get("dims", last))
     dims = [dims] if isinstance(dims, int) else dims
-    if isinstance(at, Shard) and (dims is None or at.dim in {dim_of(d, rank) for d in dims}):
+    if isinstance(at, Shard):
+        if dims is None or at.dim in {dim_of(d, rank) for d in dims}:
+            return None
+        if any(view.type(n).shape[at.dim] != view.type(x).shape[at.dim] for n in rest):
+            return None  # an index may take fewer
+    types = view.node.meta["type"]
+    out = (at,) * len(types) if isinstance(types, tuple) else at
+    return Decision({x: at, **dict.fromkeys(rest, at)}, out)
+
+
+@rule(F.rms_norm, F.layer_norm)
+def functional_norm(view: View) -> Decision | None:
+    """Over the last dims, which must be whole."""
+    x, *rest = view.tensors
+    at, rank = view.whole(x), len(view.type(x).shape)
+    if isinstance(at, Shard) and at.dim >= rank - len(view.arg(1, "normalized_shape")):
+        return None
+    return Decision({x: at, **dict.fromkeys(rest, REPLICATE)}, at)
+
+
+@rule(F.one_hot)
+def one_hot(view: View) -> Decision | None:
+    """A further dim at the end; without `num_classes`, its size would depend on the values."""
+    (x,) = view.tensors
+    return Decision({x: view.whole(x)}, view.whole(x))
+
+
+@rule(F.pad)
+def pad(view: View) -> Decision | None:
+    """Of other dims than the cut one; zeros are added to each term of a pending sum's."""
+    (x,) = view.tensors
+    at, rank = view.whole(x), len(view.type(x).shape)
+    sizes = view.arg(1, "pad")
+    if isinstance(at, Shard) and any(sizes[2 * (rank - 1 - at.dim) :][:2]):
         return None
     return Decision({x: at}, at)
+
+
+@rule(torch.repeat_interleave)
+def repeat_interleave(view: View) -> Decision | None:
+    """Each block's elements repeated: KV heads for the query heads that share them."""
+    x, repeats = view.tensors[0], view.arg(1, "repeats")
+    if not isinstance(repeats, int) or view.arg(2, "dim") is None:
+        return None
+    return Decision({x: view.at(x)}, view.at(x))
+
+
+@rule(Tensor.repeat)
+def repeat(view: View) -> Decision | None:
+    """Along other dims than the cut one."""
+    (x,) = view.tensors
+    at, times = view.at(x), view.arg(1, "repeats")
+    if not isinstance(at, Shard):
+        return Decision({x: at}, at)
+    dim = at.dim + len(times) - len(view.type(x).shape)
+    return Decision({x: at}, Shard(dim, at.units, at.axis)) if times[dim] == 1 else None
+
+
+@rule(torch.tril, torch.triu)
+def triangle(view: View) -> Decision | None:
+    """Of the last two dims, which must be whole."""
+    (x,) = view.tensors
+    at = view.at(x)
+    if isinstance(at, Shard) and at.dim >= len(view.type(x).shape) - 2:
+        return None
+    return Decision({x: at}, at)
+
+
+@rule(torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full)
+def constant(view: View) -> Decision | None:
+    """The same on every rank; of its tensor only the dtype matters."""
+    return Decision({n: view.at(n) for n in view.tensors}, _by_tokens(view) or REPLICATE)
+
+
+def _by_tokens(view: View) -> Placement | None:
+    """Of a value that is the same for every token: cut like tokens, when those are."""
+    shape = view.type(view.node).shape
+    if view.axis != TOKENS or shape[:1] != (Sym("num_tokens"),):
+        return None
+    return Shard(0, 2, TOKENS)
 
 
 # The ops of funcmodels

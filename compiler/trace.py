@@ -34,7 +34,7 @@ from compiler.verify import verify
 from funcmodels.block import set_tracer
 from funcmodels import tree
 from funcmodels.errors import TraceError
-from funcmodels.source import SourceLine, users_line
+from funcmodels.source import SourceLine, is_users, users_line
 from funcmodels.spec import Model, Param
 
 # Symbolic sizes need an example. A program that branches on it is refused, so it never matters.
@@ -197,7 +197,8 @@ class _Tracer(TorchFunctionMode):
     def _check_branches(self) -> None:
         """A guard that no operation made was made by the user's Python: a branch on a size."""
         if len(self.shapes.guards) > self.guards:
-            raise refuse.branch_on_size(self.shapes.guards[self.guards].expr, self.symbols)
+            guard = self.shapes.guards[self.guards]
+            raise refuse.branch_on_size(guard.expr, self.symbols, _line_of(guard))
 
     # Nodes
 
@@ -265,7 +266,7 @@ class _Tracer(TorchFunctionMode):
             raise refuse.branch_on_value(error) from error
         for guard in self.shapes.guards[self.guards :]:
             if _fixes_a_size(guard.expr):
-                raise refuse.branch_on_size(guard.expr, self.symbols)
+                raise refuse.fixes_size(func)
         self.guards = len(self.shapes.guards)  # else what an operation itself assumes is no branch
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
             if out is self.dtype and self.dtype_read is None:
@@ -377,6 +378,14 @@ def _aliases(leaves: list[Any]) -> tuple[int, ...] | None:
     """Which tensors of a call are one and the same; None where no two are."""
     ids = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     return None if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+
+
+def _line_of(guard: Any) -> SourceLine:
+    """Where a guard was made: that is noticed at an operation after it."""
+    at = guard.sloc.framework_loc
+    if hasattr(at, "filename") and is_users(at.filename):
+        return SourceLine(at.filename, at.lineno, at.name)
+    return users_line()
 
 
 def _fixes_a_size(guard: Any) -> bool:

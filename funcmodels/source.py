@@ -35,7 +35,7 @@ def users_line() -> SourceLine:
     """The innermost line on the call stack that is the user's own."""
     frame: FrameType | None = sys._getframe(1)
     last = frame
-    while frame is not None and not _is_users(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
         last, frame = frame, frame.f_back
     at = frame or last
     assert at is not None
@@ -45,7 +45,7 @@ def users_line() -> SourceLine:
 _KNOWN: dict[str, bool] = {}
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
     """Whether a file is the user's: in the zoo, or outside our packages and the libraries."""
     known = _KNOWN.get(filename)
     if known is None:

@@ -1,0 +1,654 @@
+"""What a model function must not do: each is refused, with the user's line and a fix.
+
+Each function here would be silently wrong if it were recorded: frozen to what tracing saw.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import silu
+
+import funcmodels as fm
+from compiler.partition import check_tokens_apart
+from compiler.trace import trace
+from funcmodels import ops
+from funcmodels.errors import LoweringError, TraceError
+from tests.compiler.programs import axes, evaluated, inputs_of, small, weights_of
+
+P = axes()
+A_TENSOR = torch.ones(16)
+PARAMS = {"w": P("hidden"), "m": P("mlp hidden"), "layers": [{"w": P("hidden")} for _ in range(3)]}
+
+
+def model_of(body: Any, outer: bool = False) -> fm.Model:
+    """embed -> body -> unembed; with `outer`, the body is the whole forward."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        if outer:
+            return body(params, tokens, positions)
+        x = ops.embed(tokens, params["embed"])
+        return ops.unembed(body(params, x, positions), params["head"])
+
+    return small(forward, PARAMS)
+
+
+def refused(body: Any, match: str, fix: str, line: str | None = None, outer: bool = False) -> None:
+    """Tracing raises, saying `match`, the fix, and the line of the body that holds `line`."""
+    with pytest.raises(TraceError, match=match) as error:
+        trace(model_of(body, outer))
+    assert re.search(fix, error.value.lines["fix"]), error.value
+    if line is not None:
+        source, first = inspect.getsourcelines(body)
+        number = first + next(i for i, text in enumerate(source) if line in text)
+        assert str(error.value.lines["from"]).startswith(f"test_refuse.py:{number} in "), error.value
+
+
+# A result that is no logits
+
+
+@pytest.mark.parametrize(
+    ("body", "got"),
+    [
+        (lambda p, t, s: t, r"\(num_tokens\) of int64"),
+        (lambda p, t, s: None, "NoneType"),
+        (lambda p, t, s: (ops.embed(t, p["embed"]),), "tuple"),
+        (lambda p, t, s: {"logits": ops.embed(t, p["embed"])}, "dict"),
+        (lambda p, t, s: p["embed"], r"\(24, 16\) of float16"),
+        (lambda p, t, s: ops.embed(t, p["embed"])[-1], r"\(16\) of float16"),
+        (lambda p, t, s: ops.embed(t, p["embed"])[None], r"\(1, num_tokens, 16\)"),
+        (lambda p, t, s: ops.embed(t, p["embed"]).T, r"\(16, num_tokens\)"),
+        (lambda p, t, s: ops.embed(t, p["embed"]).argmax(-1), r"\(num_tokens\) of int64"),
+        (lambda p, t, s: ops.embed(t, p["embed"]).long(), r"\(num_tokens, 16\) of int64"),
+    ],
+)
+def test_wrong_result(body, got):
+    with pytest.raises(TraceError, match="forward does not return logits") as error:
+        trace(model_of(body, outer=True))
+    assert re.search(got, error.value.lines["got"])
+    assert "ops.unembed(x, params['head'])" in error.value.lines["fix"]
+    assert "test_refuse.py" in str(error.value.lines["from"])
+
+
+def test_wrong_result_of_a_partial():
+    def forward(params, tokens, positions, segment_ids=None, *, scale):
+        return tokens * scale
+
+    with pytest.raises(TraceError, match="forward does not return logits") as error:
+        trace(small(functools.partial(forward, scale=2)))
+    assert str(error.value.lines["from"]).endswith("in forward")
+
+
+# Writes
+
+
+@fm.block
+def writes_parameter(p, x):
+    p["w"].mul_(2)
+    return x * p["w"]
+
+
+@fm.block
+def assigns_parameter(p, x):
+    p["w"] = p["w"] * 2
+    return x * p["w"]
+
+
+@fm.block
+def multiplies_parameter_in_place(p, x):
+    p["w"] *= 2
+    return x * p["w"]
+
+
+@fm.block
+def appends(p, x, seen):
+    seen.append(x)
+    return x * p["w"]
+
+
+def test_a_block_writes_into_a_parameter():
+    refused(lambda p, x, s: writes_parameter(p["layers"][0], x), "mul_ writes into a tensor", "x.mul")
+
+
+def test_the_line_of_a_write_is_the_blocks():
+    with pytest.raises(TraceError) as error:
+        trace(model_of(lambda p, x, s: writes_parameter(p["layers"][0], x)))
+    line = inspect.getsourcelines(writes_parameter.__wrapped__)[1] + 2
+    assert str(error.value.lines["from"]) == f"test_refuse.py:{line} in writes_parameter"
+
+
+def test_a_block_assigns_to_its_parameters():
+    refused(
+        lambda p, x, s: assigns_parameter(p["layers"][0], x),
+        "assigns_parameter changes the parameters it was given",
+        "bind the new value to a local name",
+    )
+
+
+def test_a_block_multiplies_a_parameter_in_place():
+    refused(
+        lambda p, x, s: multiplies_parameter_in_place(p["layers"][0], x), "mul_ writes into", "x.mul"
+    )
+
+
+def test_a_block_appends_to_a_list_it_was_given():
+    refused(lambda p, x, s: appends(p["layers"][0], x, []), "appends changes", "local name")
+
+
+def set_item(p, x, s):
+    y = x * 1
+    y[0] = 1
+    return y
+
+
+def set_column(p, x, s):
+    y = x * 1
+    y[..., 0] = 1
+    return y
+
+
+def in_place_on_temporary(p, x, s):
+    y = x * 1
+    y.add_(1)
+    return y
+
+
+def augmented(p, x, s):
+    x += p["w"]
+    return x
+
+
+def augmented_power(p, x, s):
+    y = x * 1
+    y **= 2
+    return y
+
+
+def augmented_and(p, x, s):
+    mask = s > 1
+    mask &= s > 2
+    return x * mask[..., None]
+
+
+def out_argument(p, x, s):
+    y = x * 1
+    torch.mul(x, 2, out=y)
+    return y
+
+
+def inplace_flag(p, x, s):
+    y = x * 1
+    F.relu(y, inplace=True)
+    return y
+
+
+def inplace_flag_by_position(p, x, s):
+    y = x * 1
+    silu(y, True)
+    return y
+
+
+def copies_into(p, x, s):
+    y = torch.zeros_like(x)
+    y.copy_(x)
+    return y
+
+
+def sets_data(p, x, s):
+    y = x * 1
+    y.data = x
+    return y
+
+
+@pytest.mark.parametrize(
+    ("body", "match", "fix", "line"),
+    [
+        (set_item, "__setitem__ writes", "torch.where", "y[0] = 1"),
+        (set_column, "__setitem__ writes", "torch.cat", "y[..., 0] = 1"),
+        (in_place_on_temporary, "add_ writes", r"x = x\.add\(", "y.add_(1)"),
+        (augmented, "add_ writes", r"x = x\.add\(", "x += "),
+        (augmented_power, "pow_ writes", r"x = x\.pow\(", "y **= 2"),
+        (augmented_and, "__iand__ writes", "bind the result", "mask &= "),
+        (out_argument, "out= writes", "leave out= out", "out=y"),
+        (inplace_flag, "inplace= writes", "leave inplace= out", "inplace=True"),
+        (inplace_flag_by_position, "inplace= writes", "leave inplace= out", "silu(y, True)"),
+        (copies_into, "copy_ writes", "bind the result", "y.copy_"),
+        (sets_data, "__set__ writes", "make a new tensor", "y.data = x"),
+    ],
+)
+def test_writes(body, match, fix, line):
+    refused(body, match, fix, line)
+
+
+def assigns(p, x, s):
+    p["w"] = p["w"] * 2
+    return x
+
+
+def appends_to_layers(p, x, s):
+    p["layers"].append(p["layers"][0])
+    return x
+
+
+def pops_layer(p, x, s):
+    p["layers"].pop()
+    return x
+
+
+def adds_key(p, x, s):
+    p["layers"][0]["z"] = x
+    return x
+
+
+@pytest.mark.parametrize("body", [assigns, appends_to_layers, pops_layer, adds_key])
+def test_changed_tree(body):
+    refused(body, "forward changes the parameters it was given", "local name")
+
+
+# Randomness, and memory as it happens to be
+
+
+def draws(p, x, s):
+    return x + torch.rand(16)
+
+
+def draws_like(p, x, s):
+    return x + torch.randn_like(x)
+
+
+def draws_from_generator(p, x, s):
+    return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def drops_out(p, x, s):
+    return F.dropout(x, 0.1)
+
+
+def drops_out_in_attention(p, x, s):
+    return F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.1)[0]
+
+
+def bernoulli(p, x, s):
+    return x * torch.bernoulli(x.sigmoid())
+
+
+def fills_randomly(p, x, s):
+    return x + torch.zeros(16).uniform_()
+
+
+def module_with_state(p, x, s):
+    return torch.nn.Linear(16, 16)(x)
+
+
+def uninitialised(p, x, s):
+    return x * 0 + torch.empty(16)
+
+
+def uninitialised_like(p, x, s):
+    return x * 0 + torch.empty_like(x)
+
+
+@pytest.mark.parametrize(
+    ("body", "match", "fix"),
+    [
+        (draws, "torch.rand draws random numbers", "take the noise as an argument"),
+        (draws_like, "torch.randn_like draws", "take the noise"),
+        (draws_from_generator, "torch.randn draws", "take the noise"),
+        (drops_out, "torch.dropout draws", "serving never drops out"),
+        (drops_out_in_attention, "scaled_dot_product_attention draws", "never drops out"),
+        (bernoulli, "torch.bernoulli draws", "take the noise"),
+        (fills_randomly, "uniform_ writes", "bind the result"),
+        (module_with_state, "torch.empty gives whatever", "torch.zeros"),
+        (uninitialised, "torch.empty gives whatever the memory held", "torch.zeros"),
+        (uninitialised_like, "torch.empty_like gives", "torch.zeros_like"),
+    ],
+)
+def test_not_a_function_of_the_arguments(body, match, fix):
+    refused(body, match, fix, "return")
+
+
+# Python that needs what is not known
+
+
+def branches_on_value(p, x, s):
+    if x.sum() > 0:
+        return x
+    return -x
+
+
+def reads_item(p, x, s):
+    return x * s.max().item()
+
+
+def reads_int(p, x, s):
+    return x * int(s.max())
+
+
+def reads_float(p, x, s):
+    return x * float(p["w"].sum())
+
+
+def reads_list(p, x, s):
+    return x * p["w"].tolist()[0]
+
+
+def masks(p, x, s):
+    return x * x[s > 3].sum(0)
+
+
+def hides_refusal(p, x, s):
+    try:
+        return x if x.sum() > 0 else -x
+    except Exception:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [branches_on_value, reads_item, reads_int, reads_float, reads_list, masks, hides_refusal],
+)
+def test_needs_a_value(body):
+    refused(body, "needs the value of a tensor", r"torch.where\(condition, a, b\)")
+
+
+def branches_on_tokens(p, x, s):
+    if x.shape[0] > 128:
+        return x
+    return -x
+
+
+def branches_on_tokens_at_the_end(p, x, s):
+    y = x * 2
+    return y if y.size(0) > 128 else -y
+
+
+def clips_tokens(p, x, s):
+    return x * min(x.shape[0], 64)
+
+
+def root_of_tokens(p, x, s):
+    return x / math.sqrt(x.shape[0])
+
+
+def counts_tokens(p, x, s):
+    for _ in range(x.shape[0]):
+        x = x + 1
+    return x
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (branches_on_tokens, "if x.shape"),
+        (branches_on_tokens_at_the_end, "return"),
+        (clips_tokens, "return"),
+        (root_of_tokens, "return"),
+        (counts_tokens, "for _ in"),
+    ],
+)
+def test_branches_on_the_number_of_tokens(body, line):
+    refused(body, "Python branches on the number of tokens", "config field", line)
+
+
+def test_iterating_over_tokens():
+    refused(
+        lambda p, x, s: torch.stack([row for row in x]),
+        "unbind is only recorded for one number of tokens",
+        "index with",
+    )
+
+
+def test_a_power_of_the_number_of_tokens():
+    refused(lambda p, x, s: x * x.shape[0] ** -0.5, "computed from the number of tokens", "config")
+
+
+@fm.block
+def takes_count(p, x, n):
+    return x.reshape(n, 16) * p["w"]
+
+
+def test_the_number_of_tokens_as_an_argument():
+    refused(
+        lambda p, x, s: takes_count(p["layers"][0], x, x.shape[0]),
+        "the block takes_count is given the number of tokens",
+        r"x\.shape\[0\]",
+    )
+
+
+def branches_on_dtype(p, x, s):
+    return x.float().to(x.dtype) if x.dtype == torch.float16 else x * 2
+
+
+def branches_on_another_dtype(p, x, s):
+    return x if x.dtype != torch.bfloat16 else x * 2
+
+
+def branches_on_half_dtypes(p, x, s):
+    return x if x.dtype in (torch.float16, torch.bfloat16) else x * 2
+
+
+def smallest_of_dtype(p, x, s):
+    return x.clamp(min=torch.finfo(x.dtype).min / 2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [branches_on_dtype, branches_on_another_dtype, branches_on_half_dtypes, smallest_of_dtype],
+)
+def test_branches_on_dtype(body):
+    refused(body, "depends on the model's dtype", r"x\.float\(\)", "x.dtype")
+
+
+def without_gradients(p, x, s):
+    with torch.no_grad():
+        y = x * p["w"]
+    return y
+
+
+def with_autocast(p, x, s):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = x * p["w"]
+    return y
+
+
+@pytest.mark.parametrize(
+    ("body", "match", "fix"),
+    [
+        (without_gradients, "torch.no_grad or torch.inference_mode is active", r"x\.detach\(\)"),
+        (with_autocast, "torch.autocast is active", "cast"),
+    ],
+)
+def test_contexts_are_not_recorded(body, match, fix):
+    refused(body, match, fix)
+
+
+def test_tracing_without_gradients_is_fine():
+    with torch.no_grad():
+        trace(model_of(lambda p, x, s: x * p["w"]))
+
+
+# Tensors from elsewhere
+
+
+def reads_global(p, x, s):
+    return x * A_TENSOR
+
+
+def test_global_tensor():
+    refused(reads_global, "a tensor from outside the function is read", r"P\(\.\.\.\)", "A_TENSOR")
+
+
+def test_global_tensor_in_a_block():
+    @fm.block
+    def block(p, x):
+        return x * p["w"] * A_TENSOR
+
+    refused(lambda p, x, s: block(p, x), "a tensor from outside", r"P\(\.\.\.\)")
+
+
+def test_block_closes_over_a_value():
+    def body(p, x, s):
+        y = x * 2
+
+        @fm.block
+        def block(q, x):
+            return x * q["w"] * y
+
+        return block(p["layers"][0], x)
+
+    refused(body, "a block uses a value of the calling function", "as an argument", "* y")
+
+
+def test_block_closes_over_a_parameter():
+    def body(p, x, s):
+        @fm.block
+        def block(q, x):
+            return x * q["w"] * p["w"]
+
+        return block(p["layers"][0], x)
+
+    refused(body, "a block uses the parameter w without being given it", "argument", '* p["w"]')
+
+
+def test_block_calls_a_block_with_a_parameter_it_was_not_given():
+    @fm.block
+    def inner(q, x):
+        return x * q["w"]
+
+    def body(p, x, s):
+        @fm.block
+        def block(q, x):
+            return inner(p["layers"][1], x)
+
+        return block(p["layers"][0], x)
+
+    refused(body, r"a block uses the parameter layers\.1\.w", "argument", "inner(p[")
+
+
+@fm.block
+def scaled(p, x, scale):
+    return x * p["w"] * sum(scale)
+
+
+def test_unhashable_static_argument():
+    refused(
+        lambda p, x, s: scaled(p["layers"][0], x, {1, 2}),
+        "an argument of the block scaled cannot be compared",
+        "frozen dataclass",
+    )
+
+
+# What only serving refuses: tokens of many requests lie in one batch
+
+
+def attends(p, x, s):
+    h = x.reshape(-1, 4, 4).transpose(0, 1)
+    return F.scaled_dot_product_attention(h, h, h, is_causal=True).transpose(0, 1).reshape(-1, 16)
+
+
+def conv_over_time(p, x, s):
+    return F.conv1d(x.T[None], p["w"][:, None, None].expand(16, 1, 3), padding=1, groups=16)[0].T
+
+
+def attends_by_hand(p, x, s):
+    return (x @ x.T).softmax(-1) @ x
+
+
+def index_of_tokens(p, x, s):
+    return x + torch.arange(x.shape[0])[:, None]
+
+
+MIXES = {
+    "cumsum": (lambda p, x, s: x.cumsum(0), "torch.cumsum makes tokens"),
+    "mean": (lambda p, x, s: x - x.mean(0), "torch.mean makes tokens"),
+    "mean of all": (lambda p, x, s: x - x.mean(), "torch.mean makes tokens"),
+    "sum": (lambda p, x, s: x - x.sum(dim=0), "torch.sum makes tokens"),
+    "max": (lambda p, x, s: x / x.abs().max(), "torch.max makes tokens"),
+    "softmax": (lambda p, x, s: x.softmax(0), "torch.softmax makes tokens"),
+    "last": (lambda p, x, s: x * x[-1], "getitem makes tokens"),
+    "last as a slice": (lambda p, x, s: x * x[-1:], "getitem makes tokens"),
+    "all but one": (lambda p, x, s: torch.cat((x[1:], x[:1])), "getitem makes tokens"),
+    "flip": (lambda p, x, s: x.flip(0), "torch.flip makes tokens"),
+    "roll": (lambda p, x, s: x.roll(1, 0), "torch.roll makes tokens"),
+    "sort": (lambda p, x, s: x.sort(0).values, "torch.sort makes tokens"),
+    "chunk": (lambda p, x, s: torch.cat(x.chunk(2, 0)[::-1]), "torch.chunk makes tokens"),
+    "longest position": (lambda p, x, s: x * s.max(), "torch.max makes tokens"),
+    "rows": (lambda p, x, s: x[s], "ops.embed makes tokens"),
+    "matmul": (attends_by_hand, "torch.matmul makes tokens"),
+    "conv": (conv_over_time, "torch.conv1d is not known to leave tokens apart"),
+    "sdpa": (attends, "scaled_dot_product_attention is not known to leave tokens apart"),
+    "number of tokens": (lambda p, x, s: x * x.shape[0], "computes with the number of tokens"),
+    "index in the batch": (index_of_tokens, "torch.arange computes with the number of tokens"),
+    "scrambled": (lambda p, x, s: x.T.reshape(-1, 16), "torch.reshape makes tokens"),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_tokens_are_kept_apart(name):
+    body, match = MIXES[name]
+    program = trace(model_of(body))
+    with pytest.raises(LoweringError, match=match) as error:
+        check_tokens_apart(program)
+    assert "ops.attention" in error.value.lines["fix"] or "positions" in error.value.lines["fix"]
+    assert "test_refuse.py" in str(error.value.lines["from"])
+
+
+# What is allowed, and gives the function's own values
+
+
+def updates_list(p, x, s):
+    seen = []
+    for layer in p["layers"]:
+        x = x * layer["w"]
+        seen.append(x)
+    return sum(seen)
+
+
+ALLOWED = {
+    "detach": lambda p, x, s: x.detach() * p["w"],
+    "data": lambda p, x, s: x.data * p["w"],
+    "where": lambda p, x, s: torch.where(x > 0, x, 0.0),
+    "to its own dtype": lambda p, x, s: x.to(x.dtype) * 2,
+    "to its own device": lambda p, x, s: x.to(x.device) * 2,
+    "through float": lambda p, x, s: (x.float() * 2).to(x.dtype),
+    "new_zeros": lambda p, x, s: x + x.new_zeros(x.shape) + x.new_ones(16),
+    "list": updates_list,
+    "no dropout": lambda p, x, s: F.dropout(F.dropout(x, 0.1, training=False), p=0.0),
+    "assert on sizes": lambda p, x, s: x if x.shape[0] == s.shape[0] else None,
+    "flip features": lambda p, x, s: x.flip(-1) + x.roll(1, -1),
+    "numbers": lambda p, x, s: 1 - x + 2 / (x * x + 1) + 2**x + torch.rsub(x, 1.0, alpha=2),
+    "integers": lambda p, x, s: x * ((~s & 3) | (s ^ 1) | (7 % (s + 1)) | (s >> 1))[..., None],
+    "in blocks of heads": lambda p, x, s: x.view(x.shape[0], 4, 4).mT.flatten(-2),
+    "matrix times vector": lambda p, x, s: x * (x @ p["w"])[..., None],
+    "expand": lambda p, x, s: x * p["w"].expand(x.shape) + p["w"].expand_as(x),
+    "row of a table": lambda p, x, s: x + p["embed"][s] + F.embedding(s, p["embed"]),
+    "by name": lambda p, x, s: F.linear(input=x, weight=torch.matmul(p["m"].T, other=p["m"])),
+    "norms": lambda p, x, s: F.layer_norm(F.rms_norm(x, (16,), p["w"], 1e-5), (16,)),
+    "largest": lambda p, x, s: x * x.topk(3, -1).values.sum(-1, keepdim=True) / x.norm(dim=-1, keepdim=True),
+    "sorted": lambda p, x, s: x.sort(-1).values * x.argmax(-1, keepdim=True),
+    "gather": lambda p, x, s: x * x.gather(-1, s[:, None] % 16),
+    "one hot": lambda p, x, s: x + F.one_hot(s % 16, 16).to(x.dtype),
+    "constants": lambda p, x, s: x * torch.tensor([1.0, 2.0] * 8) + torch.arange(16),
+    "positions": lambda p, x, s: torch.where((s > 2)[:, None], x, p["w"]) * s[:, None].to(x.dtype),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_allowed(name):
+    model = model_of(ALLOWED[name])
+    program = trace(model)
+    weights = weights_of(model)
+    for count in (5, 9):
+        tokens, positions = inputs_of(count)
+        want = model.forward(weights, tokens, positions)
+        got = evaluated(program, weights, tokens, positions)
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+    check_tokens_apart(program)
