@@ -1,6 +1,7 @@
 """Tests on the real vLLM engine: skipped where it is not installed."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.engine)
             if not has_vllm:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Emitted files and persisted registrations of the tests, apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("FUNCMODELS_CACHE", str(folder))
+        patch.delenv("FUNCMODELS_REGISTERED", raising=False)
+        yield folder

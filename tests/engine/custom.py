@@ -1,6 +1,7 @@
-"""A model of no published checkpoint, in the style of the design page, with all that attention has.
+"""A model of no published checkpoint, with everything that attention can have.
 
-Norms and residual sums inside two blocks; parameters named by their paths; some used in plain torch.
+Norms and residual sums are inside two blocks; parameters are named by their paths; some are used in
+plain torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
-
 
 ACTIVATIONS = {
     "swiglu": ops.swiglu,

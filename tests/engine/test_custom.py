@@ -3,7 +3,7 @@
 import pytest
 
 from tests.engine.custom import custom
-from tests.engine.tiny import check, distance, expected, saved, serve_model
+from tests.engine.tiny import check, expected, saved, serve_model
 
 FEATURES = {
     "plain": {},

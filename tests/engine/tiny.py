@@ -1,4 +1,4 @@
-"""What the engine tests serve: tiny models, their weights, and what the pure function says of them."""
+"""What the engine tests serve: tiny models, their weights, and what the pure function answers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def expected(
     prompts: Sequence[Sequence[int]] = PROMPTS,
     max_tokens: int = MAX_TOKENS,
 ) -> Expected:
-    """Greedy tokens by the pure function, and the log probability of every token after the first."""
+    """Greedy tokens by the pure function, and log probabilities of all tokens but the first."""
     new = fm.generate(model, weights, prompts, max_new_tokens=max_tokens)
     full = [[*p, *n] for p, n in zip(prompts, new, strict=True)]
     logprobs = fm.logprobs(model, weights, full)
@@ -95,6 +95,27 @@ def check(served: Sequence[Served], want: Expected, tolerance: float = TOLERANCE
         torch.testing.assert_close(got, logprobs[-len(got) :], rtol=0, atol=tolerance)
 
 
+def register(model: fm.Model, edit: Callable[[str], str] | None = None) -> type:
+    """Register the class of a model; only inside `run_in_engine`.
+
+    Args:
+        edit: applied to the emitted source, to plant a fault.
+    """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from compiler.vllm_plugin import _config_class
+
+    cls: Any = fm.compile_to_vllm(model)
+    if edit is not None:
+        edited = edit(cls.source)
+        assert edited != cls.source, "the fault was not planted"
+        cls = load_source(edited, model.name)
+    AutoConfig.register("funcmodels", _config_class(), exist_ok=True)
+    ModelRegistry.register_model(model.name, cls)
+    return cls
+
+
 def serve_model(
     model: fm.Model,
     folder: Path,
@@ -107,22 +128,13 @@ def serve_model(
     """Answers of the emitted class, which is compiled and registered in the engine's own process.
 
     Args:
-        edit: applied to the emitted source, to plant a fault.
+        edit: see `register`.
         kwargs: see `serve`.
     """
-
-    def register() -> None:
-        from transformers import AutoConfig
-        from vllm import ModelRegistry
-
-        from compiler.vllm_plugin import _config_class
-
-        cls = fm.compile_to_vllm(model)
-        if edit is not None:
-            edited = edit(cls.source)
-            assert edited != cls.source, "the fault was not planted"
-            cls = load_source(edited, model.name)
-        AutoConfig.register("funcmodels", _config_class(), exist_ok=True)
-        ModelRegistry.register_model(model.name, cls)
-
-    return serve(folder, prompts, register=register, prompt_logprobs=prompt_logprobs, **kwargs)
+    return serve(
+        folder,
+        prompts,
+        register=lambda: register(model, edit),
+        prompt_logprobs=prompt_logprobs,
+        **kwargs,
+    )
