@@ -289,21 +289,5 @@ def _rope_parameters(
             scaling |= {"short_mscale": factor, "long_mscale": factor}
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", s.get("max_position"))
-        scaling = _yarn(scaling)
     lists = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in scaling.items()}
     return {**out, **lists}, checks
-
-
-def _yarn(scaling: dict[str, Any]) -> dict[str, Any]:
-    """HF's attention factor as vLLM's, which multiplies its own 0.1 ln(factor) + 1."""
-    factor = scaling["factor"]
-    own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    def scale(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    want = scaling.pop("attention_factor", None)
-    m, m_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
-    if want is None:
-        want = scale(m) / scale(m_all) if m and m_all else own
-    return {**scaling, **({} if want == own else {"attn_factor": want / own})}
