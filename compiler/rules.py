@@ -140,7 +140,8 @@ def elementwise(view: View) -> Decision | None:
         dim = at.dim + rank - len(shape) if isinstance(at, Shard) else 0
         if isinstance(at, Shard) and shape[at.dim] == view.type(view.node).shape[dim]:
             out = Shard(dim, at.units, at.axis)
-            break
+            if at.units > 1:  # else every rank has the one block: better if another is cut
+                break
     if out is None:
         return Decision(dict.fromkeys(view.tensors, REPLICATE), REPLICATE)
     inputs: dict[fx.Node, Placement] = {}
@@ -152,7 +153,7 @@ def elementwise(view: View) -> Decision | None:
         if dim < 0 or shape[dim] == 1:
             continue
         at = view.at(node)
-        if isinstance(at, Shard) and at.dim == dim:
+        if isinstance(at, Shard) and at.dim == dim and (at.units > 1 or out.units == 1):
             inputs[node] = at
             if at.units != out.units:
                 units = math.gcd(at.units, out.units)
@@ -160,8 +161,8 @@ def elementwise(view: View) -> Decision | None:
                 out = Shard(out.dim, units, out.axis)
         else:
             inputs[node] = Shard(dim, out.units, out.axis)
-    for node, at in inputs.items():  # an operand that was cut takes the blocks settled on last
-        if isinstance(at, Shard) and not isinstance(view.at(node), Shard):
+    for node, at in inputs.items():  # an operand that is cut here takes the blocks settled on last
+        if isinstance(at, Shard) and at != view.at(node):
             inputs[node] = Shard(at.dim, out.units, out.axis)
     return Decision(inputs, out, needs=needs)
 
@@ -240,6 +241,8 @@ def _contract(
             inputs[node] = REPLICATE
             continue
         inputs[node] = Shard(letters.index(letter), shard.units, shard.axis)
+    if letter not in result and shard.units == 1:  # every rank has the one block
+        return Decision(dict.fromkeys(operands, REPLICATE), REPLICATE)
     if letter in result:
         return Decision(inputs, Shard(result.index(letter), shard.units, shard.axis))
     # Summed over a dim of which a block may lie on several ranks, it would be counted twice.
@@ -535,6 +538,8 @@ def sum_(view: View) -> Decision | None:
         return found
     at = view.at(x)
     assert isinstance(at, Shard)
+    if at.units == 1:
+        return Decision({x: REPLICATE}, REPLICATE)
     needs = [Exactly(at.units, at.axis, "it is summed over")]
     return Decision({x: at}, PARTIAL, needs=needs)
 
