@@ -80,3 +80,50 @@ def on_ranks(
 def allowed(program: Partitioned, parts: int) -> bool:
     """Whether a partitioned program may run on so many ranks."""
     return all(need.allows(parts) for need in program.needs)
+
+
+def check_on_ranks(
+    program: Program,
+    local: Partitioned,
+    parts: int,
+    weights: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    rtol: float = 1e-9,
+) -> None:
+    """The partitioned program equals the model's function, with the gradients of every rank.
+
+    A whole parameter's gradient is whole on each rank; a cut one's is the block of the whole
+    gradient, on every rank that holds the block.
+    """
+    comm = Simulated(parts)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        weight = torch.sin(torch.arange(logits.numel(), dtype=logits.dtype)).reshape(logits.shape)
+        return (logits * weight).sum() + logits.square().sum() / 10
+
+    def loss(weights: Any) -> tuple[Tensor, Tensor]:
+        logits = program.model.forward(weights, tokens, positions)
+        return loss_of(logits), logits
+
+    grads, want = torch.func.grad(loss, has_aux=True)(weights)
+    shards = {
+        path: [v.detach().clone().requires_grad_() for v in values]
+        for path, values in evaluate.local_weights(local, weights, comm).items()
+    }
+    logits = evaluate.run(local, shards, tokens, positions, comm)
+    for one in logits:
+        torch.testing.assert_close(one, want, rtol=rtol, atol=rtol)
+    leaves = [v for values in shards.values() for v in values]
+    total = sum(loss_of(one) for one in logits)
+    found = iter(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+    expected = evaluate.local_weights(local, grads, comm)
+    for path in shards:
+        for rank in range(parts):
+            torch.testing.assert_close(
+                next(found),
+                expected[path][rank],
+                rtol=rtol,
+                atol=rtol,
+                msg=lambda m, p=path, r=rank: f"gradient of {p} on rank {r} of {parts}: {m}",
+            )

@@ -1,0 +1,314 @@
+"""One row a sharding rule: the partitioned operation, on ranks, equals the whole one.
+
+A row is a small function of named tensors. `x="a/tp b"` is a tensor of axes a and b, whose dim a is
+cut over the ranks. Values and gradients are checked on 1, 2, 3 and 4 ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import funcmodels as fm
+from compiler.partition import partition
+from compiler.rules import RULES
+from compiler.trace import trace
+from funcmodels import ops
+from tests.compiler.programs import allowed, check_on_ranks, inputs_of, small, weights_of
+
+SIZES = {"a": 12, "b": 4, "c": 6, "d": 2, "e": 24, "one": 1, "heads": 12, "kv": 3, "hd": 4}
+P = fm.axes(**SIZES)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A function of tensors, and how these lie.
+
+    Args:
+        name: of the test.
+        fn: of the tensors, in order, after tokens where `tokens` is set; a tensor or several.
+        tensors: axes of each, with /tp after the cut one.
+        gathers: whether operands must be gathered, for want of a rule.
+        tokens: whether fn takes (tokens, positions) first.
+        parts: numbers of ranks that it must allow.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    tensors: tuple[str, ...]
+    gathers: bool = False
+    tokens: bool = False
+    parts: tuple[int, ...] = (1, 2, 3, 4)
+
+    @property
+    def model(self) -> fm.Model:
+        """logits = embed(tokens) + what fn gives, weighted so that no two elements are alike."""
+        params = {f"t{i}": param(text) for i, text in enumerate(self.tensors)}
+
+        def forward(params, tokens, positions, segment_ids=None):
+            given = [params[name] for name in sorted(params) if name.startswith("t")]
+            found = self.fn(*((tokens, positions) if self.tokens else ()), *given)
+            logits = ops.unembed(ops.embed(tokens, params["embed"]), params["head"])
+            for value in found if isinstance(found, (tuple, list)) else (found,):
+                logits = logits + weighted(value, len(tokens.shape) if self.tokens else 0)
+            return logits
+
+        return small(forward, params)
+
+
+def param(text: str) -> fm.Param:
+    dims = [dim.partition("/") for dim in text.split()]
+    spec = fm.PartitionSpec(*(mesh or None for _, _, mesh in dims))
+    return P(" ".join(axis for axis, _, _ in dims), sharding=spec)
+
+
+def weighted(value: Tensor, leading: int) -> Tensor:
+    """The sum of a value's elements, each times another number."""
+    sizes = value.shape[leading:]
+    count = 1
+    for n in sizes:
+        count *= n
+    numbers = torch.sin(torch.arange(1.0, count + 1, dtype=torch.float64)).reshape(sizes)
+    total = value.to(torch.float64) * numbers
+    dims = tuple(range(leading, len(value.shape)))
+    return total.sum(dims).unsqueeze(-1) if leading else total.sum()
+
+
+def row(name: str, fn: Callable[..., Any], *tensors: str, **settings: Any) -> Row:
+    return Row(name, fn, tensors, **settings)
+
+
+def all_of(functions: Iterable[Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What several functions give, each called by `fn`."""
+    return lambda *tensors: [fn(f, *tensors) for f in functions]
+
+
+UNARY = (
+    F.silu, F.gelu, F.softplus, F.leaky_relu, F.elu, F.mish, F.logsigmoid, F.hardtanh, F.relu6,
+    F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign, torch.abs, torch.exp, torch.expm1,
+    torch.sigmoid, torch.tanh, torch.relu, torch.sin, torch.cos, torch.tan, torch.atan, torch.sinh,
+    torch.cosh, torch.square, torch.erf, torch.erfc, torch.exp2, torch.neg, torch.nan_to_num,
+    torch.reciprocal, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.detach,
+    torch.zeros_like, torch.ones_like, torch.isnan, torch.isinf, torch.isfinite,
+)  # fmt: skip
+POSITIVE = (torch.log, torch.log1p, torch.log2, torch.log10, torch.sqrt, torch.rsqrt)
+BINARY = (
+    torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum, torch.eq, torch.ne,
+    torch.lt, torch.le, torch.gt, torch.ge, torch.atan2, torch.rsub, torch.fmod, torch.remainder,
+    ops.swiglu,
+)  # fmt: skip
+LOGICAL = (torch.logical_and, torch.logical_or, torch.logical_xor)
+BITWISE = (torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor)
+
+
+def integer(x: Tensor) -> Tensor:
+    return (x * 4).to(torch.int64) % 7
+
+
+ROWS = [
+    row("unary", all_of(UNARY, lambda f, x: f(x)), "a/tp b"),
+    row("unary of positives", all_of(POSITIVE, lambda f, x: f(x.abs() + 0.5)), "a/tp b"),
+    row("binary", all_of(BINARY, lambda f, x, y: f(x, y)), "a/tp b", "a b"),
+    row("floor_divide", lambda x, y: torch.floor_divide(x.detach(), y.detach()), "a/tp b", "a b"),
+    row("logical", all_of(LOGICAL, lambda f, x, y: f(x > 0, y > 0)), "a/tp b", "a b"),
+    row("bitwise", all_of(BITWISE, lambda f, x, y: f(integer(x), integer(y))), "a/tp b", "a b"),
+    row("geglu", lambda x, y: ops.geglu(x, y, approximate="tanh"), "a/tp b", "a b"),
+    row("bitwise_not", lambda x: ~integer(x), "a/tp b"),
+    row("shifts", lambda x: (integer(x) << 2) + (integer(x) >> 1), "a/tp b"),
+    row("logical_not", lambda x: torch.logical_not(x > 0), "a/tp b"),
+    row("clamp", lambda x: x.clamp(-0.5, 0.5) + x.clamp_min(0.1) + x.clamp_max(0.2), "a/tp b"),
+    row("pow", lambda x, y: torch.pow(x.abs() + 0.5, y), "a/tp b", "b"),
+    row("full_like", lambda x: torch.full_like(x, 3.0) * x, "a/tp b"),
+    row("to", lambda x: x.to(torch.float32).to(torch.float64), "a/tp b"),
+    row("where", lambda x, y: torch.where(x > 0, x, y), "a/tp b", "b"),
+    row("where number", lambda x: torch.where(x > 0, x, 0.0), "a/tp b"),
+    row("lerp", lambda x, y: torch.lerp(x, y, 0.3), "a/tp b", "a b"),
+    row("masked_fill", lambda x, y: x.masked_fill(y > 0, 2.0), "a/tp b", "b"),
+    row("addcmul", lambda x, y: torch.addcmul(x, x, y, value=2.0), "a/tp b", "a b"),
+    row("addcdiv", lambda x, y: torch.addcdiv(x, x, y.exp()), "a/tp b", "a b"),
+    # Operands that lie differently, or are broadcast
+    row("whole beside cut", lambda x, y: x * y, "a b", "a/tp b"),
+    row("vector beside cut", lambda x, y: x * y, "a/tp b", "b"),
+    row("cut vector", lambda x, y: x * y, "b a", "a/tp"),
+    row("scalar", lambda x, y: x * y + 1, "a/tp b", ""),
+    row("two dims cut", lambda x, y: x * y, "a/tp e", "a e/tp"),
+    row("one beside many", lambda x, y: x * y, "one/tp b", "a/tp b"),
+    row("many beside one", lambda x, y: x * y, "a/tp b", "one/tp b"),
+    row("blocks of two sizes", lambda x, y: x.reshape(6, 8) * y[:, :8], "a/tp b", "c/tp e", parts=(1, 2, 3)),
+    row("same twice", lambda x: x * x, "a/tp b"),
+    # Pending sums
+    row("neg of partial", lambda x: -x.sum(0), "a/tp b"),
+    row("add of partials", lambda x, y: x.sum(0) + y.sum(0), "a/tp b", "a/tp b"),
+    row("add to partial", lambda x, y: x.sum(0) + y, "a/tp b", "b"),
+    row("mul of partial", lambda x, y: x.sum(0) * y, "a/tp b", "b"),
+    row("shapes of partial", lambda x: x.sum(0).reshape(2, 2).T.unsqueeze(0).squeeze(0), "a/tp b"),
+    row("silu of partial", lambda x: F.silu(x.sum(0)), "a/tp b"),
+    row("softmax of partial", lambda x: x.sum(0).softmax(-1), "a/tp b"),
+    row("getitem of partial", lambda x: x.sum(0)[1:3], "a/tp b"),
+    row("expand of partial", lambda x: x.sum(0).expand(3, 4), "a/tp b"),
+    # Products
+    row("einsum rows", lambda x, w: torch.einsum("ab,eb->ae", x, w), "a b", "e/tp b"),
+    row("einsum columns", lambda x, w: torch.einsum("ba,ea->be", x, w), "b a/tp", "e a/tp"),
+    row("einsum batch", lambda x, w: torch.einsum("ab,abd->ad", x, w), "a/tp b", "a/tp b d"),
+    row("einsum ellipsis", lambda x, w: torch.einsum("...b,eb->...e", x, w), "d c b", "e/tp b"),
+    row("einsum three", lambda x, y, z: torch.einsum("ab,bc,cd->ad", x, y, z), "a/tp b", "b c", "c d"),
+    row("einsum one", lambda x: torch.einsum("ab->ba", x), "a/tp b"),
+    row("einsum sum", lambda x: torch.einsum("ab->b", x), "a/tp b"),
+    row("einsum two cut", lambda x, w: torch.einsum("ab,eb->ae", x, w), "a/tp b", "e/tp b"),
+    row("einsum diagonal", lambda x: torch.einsum("aab->ab", x.expand(12, 12, 4)), "a/tp b", gathers=True),
+    row("matmul rows", lambda x, w: x @ w, "a/tp b", "b e"),
+    row("matmul columns", lambda x, w: x @ w, "a b", "b e/tp"),
+    row("matmul inner", lambda x, w: x @ w, "b a/tp", "a/tp e"),
+    row("matmul batch", lambda x, w: x @ w, "a/tp b d", "a/tp d c"),
+    row("matmul broadcast", lambda x, w: x @ w, "a/tp b d", "one d c"),
+    row("matmul of ranks", lambda x, w: x @ w, "a/tp b d", "d c"),
+    row("matmul vector", lambda x, w: x @ w, "a/tp b", "b"),
+    row("matmul of vector", lambda x, w: x @ w, "a/tp", "a/tp b"),
+    row("matmul dot", lambda x, w: x @ w, "a/tp", "a/tp"),
+    row("linear rows", lambda x, w: F.linear(x, w), "b a", "e/tp a"),
+    row("linear columns", lambda x, w: F.linear(x, w), "b a/tp", "e a/tp"),
+    row("linear bias", lambda x, w, b: F.linear(x, w, b), "b a", "e/tp a", "e/tp"),
+    row("linear whole bias", lambda x, w, b: F.linear(x, w, b), "b a", "e/tp a", "e"),
+    row("linear partial bias", lambda x, w, b: F.linear(x, w, b), "b a/tp", "e a/tp", "e", gathers=True),
+    row("unembed", lambda x, w: ops.unembed(x, w), "b a", "e/tp a"),
+    # Shapes
+    row("reshape merge", lambda x: x.reshape(48), "a/tp b"),
+    row("reshape split", lambda x: x.reshape(12, 2, 2), "a/tp b"),
+    row("reshape split cut", lambda x: x.reshape(6, 2, 4), "a/tp b", parts=(1, 2, 3)),
+    row("reshape not leading", lambda x: x.reshape(48), "b a/tp", gathers=True),
+    row("reshape keeps", lambda x: x.reshape(2, 2, 12), "b a/tp"),
+    row("reshape with -1", lambda x: x.reshape(-1, 2, 2), "a/tp b"),
+    row("flatten", lambda x: x.flatten(1), "d a/tp b"),
+    row("unflatten", lambda x: x.unflatten(0, (3, 4)), "a/tp b", parts=(1, 3)),
+    row("transpose", lambda x: x.transpose(0, 1), "a/tp b"),
+    row("T", lambda x: x.T, "a/tp b"),
+    row("permute", lambda x: x.permute(2, 0, 1), "d a/tp b"),
+    row("movedim", lambda x: x.movedim(1, -1), "d a/tp b"),
+    row("movedim several", lambda x: x.movedim((0, 1), (1, 2)), "d a/tp b"),
+    row("unsqueeze", lambda x: x.unsqueeze(1) + x.unsqueeze(-1).sum(-1, keepdim=True).transpose(1, 2), "a/tp b"),
+    row("squeeze", lambda x: x.unsqueeze(1).squeeze(1), "a/tp b"),
+    row("squeeze last", lambda x: x.unsqueeze(-1).squeeze(-1), "b a/tp"),
+    row("expand", lambda x: x[:, None].expand(12, 3, 4), "a/tp b"),
+    row("expand adds a dim", lambda x: x.expand(2, 12, 4), "a/tp b"),
+    row("expand the one block", lambda x, y: x.expand(12, 4) * y, "one/tp b", "a b"),
+    row("repeat", lambda x: x.repeat(1, 2), "a/tp b"),
+    row("repeat cut", lambda x: x.repeat(2, 1), "a/tp b", gathers=True),
+    row("repeat_interleave", lambda x: x.repeat_interleave(4, dim=0), "a/tp b"),
+    row("repeat kv heads", lambda k, q: k.repeat_interleave(4, dim=0) * q, "kv/tp hd", "heads hd", parts=(1, 3)),
+    row("tril", lambda x: x.tril() + x.triu(1), "a/tp b c"),
+    row("tril of the cut", lambda x: x.tril(), "a/tp b", gathers=True),
+    row("pad", lambda x: F.pad(x, (1, 2)), "a/tp b"),
+    row("pad the cut", lambda x: F.pad(x, (0, 0, 1, 0)), "a/tp b", gathers=True),
+    # Taking apart, putting together
+    row("getitem", lambda x: x[:, 1:3] + x[..., 0, None], "a/tp b"),
+    row("getitem int", lambda x: x[1], "b a/tp"),
+    row("getitem none", lambda x: x[None, :, None], "a/tp b"),
+    row("getitem all", lambda x: x[:, :2] + x[:, 2:], "a/tp b"),
+    row("getitem of the cut", lambda x: x[1:], "a/tp b", gathers=True),
+    row("getitem list", lambda x: x[:, [0, 2]], "a/tp b", gathers=True),
+    row("split", lambda x: x.split(2, -1), "a/tp b"),
+    row("split sizes", lambda x: x.split([1, 3], dim=1), "a/tp b"),
+    row("split the cut", lambda x: x.split(6, 0), "a/tp b", gathers=True),
+    row("chunk", lambda x: x.chunk(2, -1), "a/tp b"),
+    row("unbind", lambda x: x.unbind(0), "b a/tp"),
+    row("unbind the cut", lambda x: x.unbind(0)[:2], "a/tp b", gathers=True),
+    row("cat", lambda x, y: torch.cat((x, y), 1), "a/tp b", "a c"),
+    row("cat of the cut", lambda x, y: torch.cat((x, y)), "a/tp b", "e/tp b", gathers=True),
+    row("stack", lambda x, y: torch.stack((x, y), 0), "a/tp b", "a b"),
+    row("stack last", lambda x, y: torch.stack((x, x, y), -1), "a/tp b", "a/tp b"),
+    # Reductions, and what works along a dim
+    row("sum", lambda x: x.sum(), "a/tp b"),
+    row("sum of the cut", lambda x: x.sum(0, keepdim=True), "a/tp b"),
+    row("sum of others", lambda x: x.sum(-1), "a/tp b"),
+    row("sum of both", lambda x: x.sum((0, 1)), "a/tp b"),
+    row("mean", lambda x: x.mean(-1, keepdim=True), "a/tp b"),
+    row("mean of the cut", lambda x: x.mean(0), "a/tp b", gathers=True),
+    row("amax", lambda x: x.amax(-1) + x.amin((1,)), "a/tp b"),
+    row("logsumexp", lambda x: x.logsumexp(0), "b a/tp"),
+    row("var", lambda x: x.var(-1, True) + torch.std(x, -1, correction=0), "a/tp b"),
+    row("prod", lambda x: x.prod(-1), "a/tp b"),
+    row("max", lambda x: x.max(-1).values + x.min(-1)[0], "a/tp b"),
+    row("max of two", lambda x, y: torch.max(x, y) + torch.min(x, y), "a/tp b", "a b"),
+    row("argmax", lambda x: x.argmax(-1, keepdim=True) + x.argmin(-1, keepdim=True), "a/tp b"),
+    row("any", lambda x: (x > 0).any(-1).to(x.dtype) + (x > 0).all(-1).to(x.dtype), "a/tp b"),
+    row("norm", lambda x: x / x.norm(dim=-1, keepdim=True), "a/tp b"),
+    row("vector_norm", lambda x: torch.linalg.vector_norm(x, dim=-1), "a/tp b"),
+    row("norm of all", lambda x: x / x.norm(), "a/tp b", gathers=True),
+    row("softmax", lambda x: x.softmax(-1), "a/tp b"),
+    row("softmax of the cut", lambda x: x.softmax(0), "a/tp b", gathers=True),
+    row("log_softmax", lambda x: x.log_softmax(-1) + F.log_softmax(x, dim=-1), "a/tp b"),
+    row("cumsum", lambda x: x.cumsum(-1) + x.cumprod(-1), "a/tp b"),
+    row("flip", lambda x: x.flip(-1) + x.roll(1, -1), "a/tp b"),
+    row("flip of the cut", lambda x: x.flip(0), "a/tp b", gathers=True),
+    row("sort", lambda x: x.sort(-1).values + x.argsort(-1), "a/tp b"),
+    row("topk", lambda x: x.topk(2, -1).values, "a/tp b"),
+    row("gather", lambda x: x.gather(-1, x.argsort(-1)), "a/tp b"),
+    row("take_along_dim", lambda x: torch.take_along_dim(x, x.argsort(-1), -1), "a/tp b"),
+    row("rms_norm", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "a/tp b", "b"),
+    row("rms_norm of the cut", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "b a/tp", "a", gathers=True),
+    row("rms_norm of a cut weight", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "b a", "a/tp"),
+    row("layer_norm", lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-5), "a/tp b", "b", "b"),
+    row("F.rms_norm", lambda x, w: F.rms_norm(x, (4,), w, 1e-5), "a/tp b", "b"),
+    row("F.layer_norm", lambda x, w: F.layer_norm(x, (4,), w, None, 1e-5), "a/tp b", "b"),
+    row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
+    row("constants", lambda x: x + x.new_zeros(12, 4) + x.new_ones(4) + x.new_full((4,), 2.0)
+        + torch.zeros(12, 4) + torch.ones(4) + torch.full((12, 4), 3.0), "a/tp b"),
+    # The model's own
+    row("embed rows", lambda t, s, w: ops.embed(t, w), "e/tp b", tokens=True),
+    row("embed columns", lambda t, s, w: ops.embed(t, w), "e a/tp", tokens=True),
+    row("embed cut tokens", lambda x, w: ops.embed(integer(x), w), "a/tp b", "e b"),
+    row("rope", lambda t, s, q, k: ops.rope(t[:, None, None] * q, t[:, None, None] * k, s, theta=1e4),
+        "heads/tp hd", "heads hd", tokens=True),
+    row("attention", lambda t, s, q, k, v: ops.attention(
+        torch.sin(t + 1.0)[:, None, None] * q, torch.cos(s + 1.0)[:, None, None] * k,
+        torch.sin(s + 2.0)[:, None, None] * v),
+        "heads/tp hd", "heads/tp hd", "heads/tp hd", tokens=True),
+    row("attention grouped", lambda t, s, q, k, v: ops.attention(
+        torch.sin(t + 1.0)[:, None, None] * q, torch.cos(s + 1.0)[:, None, None] * k,
+        torch.sin(s + 2.0)[:, None, None] * v),
+        "heads/tp hd", "kv/tp hd", "kv/tp hd", tokens=True, parts=(1, 3)),
+    row("attention one kv head", lambda t, s, q, k, v: ops.attention(
+        torch.sin(t + 1.0)[:, None, None] * q, torch.cos(s + 1.0)[:, None, None] * k,
+        torch.sin(s + 2.0)[:, None, None] * v),
+        "heads/tp hd", "one/tp hd", "one/tp hd", tokens=True),
+    row("attention whole kv", lambda t, s, q, k, v: ops.attention(
+        torch.sin(t + 1.0)[:, None, None] * q, torch.cos(s + 1.0)[:, None, None] * k,
+        torch.sin(s + 2.0)[:, None, None] * v),
+        "heads/tp hd", "kv hd", "kv hd", tokens=True, parts=(1, 3)),
+    row("attention sinks", lambda t, s, q, k, sinks: ops.attention(
+        torch.sin(t + 1.0)[:, None, None] * q, torch.cos(s + 1.0)[:, None, None] * k,
+        torch.sin(s + 2.0)[:, None, None] * k, sinks=sinks,
+        alibi_slopes=tuple(0.1 * i for i in range(1, 13))),
+        "heads/tp hd", "heads/tp hd", "heads", tokens=True),
+    # No rule: gathered, and right
+    row("no rule", lambda x: torch.logcumsumexp(x, 0), "a/tp b", gathers=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda row: row.name)
+def test_rule(case: Row):
+    model = case.model
+    program = trace(model)
+    local = partition(program)
+    assert bool(local.gathered) == case.gathers, local.gathered
+    assert tuple(n for n in (1, 2, 3, 4) if allowed(local, n)) == case.parts
+    weights, (tokens, positions) = weights_of(model), inputs_of(5)
+    for parts in case.parts:
+        check_on_ranks(program, local, parts, weights, tokens, positions)
+
+
+def test_every_rule_has_a_row():
+    used = {
+        node.target
+        for case in ROWS
+        for node in trace(case.model).root.graph.nodes
+        if node.op == "call_function"
+    }
+    missing = [getattr(target, "__name__", target) for target in RULES if target not in used]
+    assert not missing, f"rules without a row: {missing}"
