@@ -1,0 +1,215 @@
+"""The command line: `funcmodels inspect | emit | check | generate | register | serve`.
+
+A model is named by a folder with a config.json that the zoo reads, or by the place of a `fm.Model`
+(or of a function that returns one) in Python: `my_model.py:model`, `package.module:model`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import funcmodels as fm
+from funcmodels.errors import FuncModelsError
+
+app = typer.Typer(
+    help="Write a model once: inspect it, compile it, check it, serve it with vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a checkpoint folder, file.py:name or module:name")
+]
+Ranks = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="tensor-parallel ranks (1); may be repeated"),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="refuse operations that would gather")]
+
+
+class CommandError(FuncModelsError):
+    """A command was given something that it cannot use."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; an error of the user's is printed without a traceback, and ends with 1."""
+    try:
+        app(args)
+    except FuncModelsError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def inspect(model: ModelName, tp: Ranks = None) -> None:
+    """Print the parameters: shapes, axes, sharding, and bytes on each rank."""
+    from compiler.summary import parameter_table
+
+    Console().print(parameter_table(find_model(model), tp=tp or [1]))
+
+
+@app.command()
+def emit(
+    model: ModelName,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="a file; else print")
+    ] = None,
+    strict: Strict = False,
+) -> None:
+    """Print the model's vLLM class, or write it: a file that needs torch and vLLM only."""
+    from compiler.vllm_target import source_for_vllm
+
+    found = find_model(model)
+    if output is None:
+        print(source_for_vllm(found, strict=strict), end="")
+        return
+    print(fm.emit(found, output, strict=strict))
+
+
+@app.command()
+def check(model: ModelName, tp: Ranks = None) -> None:
+    """Say whether the model can be cut for these numbers of ranks; loads nothing."""
+    found = find_model(model)
+    for ranks in tp or [1]:
+        fm.check(found, tp=ranks)
+        print(f"{found.name}: tp={ranks} works")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="a checkpoint folder with its tokenizer")],
+    prompt: Annotated[str, typer.Argument(help="what to continue, or to answer")],
+    model: Annotated[str | None, typer.Option(help="file.py:name, where the zoo has none")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
+    chat: Annotated[bool, typer.Option(help="with the chat template, where there is one")] = True,
+) -> None:
+    """Generate with the pure function, in float32, without the engine: slow, for debugging."""
+    found = find_model(model or str(folder))
+    tokenizer = _tokenizer(folder)
+    if chat and tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        tokens = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+    else:
+        tokens = tokenizer(prompt)["input_ids"]
+    weights = fm.load(found, folder, dtype=torch.float32)
+    new = fm.generate(
+        found,
+        weights,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eos=tokenizer.eos_token_id,
+    )
+    print(tokenizer.decode(new, skip_special_tokens=True))
+
+
+@app.command()
+def register(
+    model: ModelName,
+    name: Annotated[
+        str | None, typer.Option(help="architecture; the model's own if not given")
+    ] = None,
+    strict: Strict = False,
+) -> None:
+    """Make the model known to every vLLM that this user starts from now on."""
+    name = fm.register(find_model(model), name=name, persist=True, strict=strict)
+    print(f"{name} is registered: vLLM serves folders whose config.json names it")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    model: Annotated[str | None, typer.Option(help="file.py:name, where the zoo has none")] = None,
+) -> None:
+    """Start `vllm serve` on a folder with the emitted class; further options go to vLLM."""
+    found = find_model(model or str(folder))
+    fm.check(found, tp=_tensor_parallel_size(context.args))
+    command = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
+    if command is None:
+        raise CommandError("there is no `vllm` beside this Python", fix="make setup")
+    name = fm.register(found)  # the processes that vLLM starts inherit it
+    overrides = json.dumps({"architectures": [name]})
+    os.execv(command, [command, "serve", str(folder), "--hf-overrides", overrides, *context.args])
+
+
+def find_model(name: str) -> fm.Model:
+    """The model that a folder's config.json or a place in Python names.
+
+    Raises:
+        CommandError: there is none, or it is something else.
+    """
+    if Path(name).is_dir():
+        return fm.load_model(name)
+    place, _, attribute = name.rpartition(":")
+    if not place:
+        raise CommandError(
+            f"no model {name}",
+            need="a folder with a config.json, file.py:name or module:name",
+            fix=f"{name}:model" if name.endswith(".py") else None,
+        )
+    found: Any = getattr(_module(place), attribute, None)
+    if callable(found) and not isinstance(found, fm.Model):
+        found = found()
+    if not isinstance(found, fm.Model):
+        raise CommandError(
+            f"{attribute} in {place} is no model",
+            got="nothing of that name" if found is None else type(found).__name__,
+            need="a fm.Model, or a function without arguments that returns one",
+        )
+    return found
+
+
+def _module(place: str) -> Any:
+    """A module by its file or its name."""
+    try:
+        if not place.endswith(".py"):
+            sys.path.insert(0, os.getcwd())
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None, place
+        assert spec.loader is not None, place
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        raise CommandError(f"cannot import {place}", got=str(error)) from error
+    return module
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:
+        raise CommandError(
+            "generating from text needs a tokenizer, and transformers reads it",
+            fix="pip install transformers, or fm.generate on token ids",
+        ) from None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _tensor_parallel_size(args: list[str]) -> int:
+    """What `--tensor-parallel-size 3`, `-tp=3` or neither among vLLM's options asks for."""
+    for i, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if option in ("--tensor-parallel-size", "-tp"):
+            value = value or (args[i + 1] if i + 1 < len(args) else "")
+            return int(value) if value.isdigit() else 1
+    return 1
