@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
+from math import prod
 
 from compiler.emit.scope import Module
-from compiler.emit.text import literal, quoted
+from compiler.emit.text import literal, quoted, table
 from compiler.modules import Destination, Plan
 
 Stacked = dict[str, tuple[str, "str | int"]]
+Indices = tuple[int, ...]
 
 
 @dataclass
@@ -20,13 +23,23 @@ class Loading:
         regex: pattern -> replacement, for tensors that the module tree names otherwise.
         stacked: part of a name -> (part of the fused name, shard), as vLLM's mapper takes it.
         layouts: pattern of names -> (einops pattern, sizes), for tensors stored in another layout.
-        tied_head: name of the head's tensor in checkpoints that store tied embeddings twice.
+        ignored: patterns of names to pass over.
+        tensors: names of the checkpoint, with "*" for indices -> the values of each index.
     """
 
     regex: dict[str, str] = field(default_factory=dict)
     stacked: Stacked = field(default_factory=dict)
     layouts: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    tensors: dict[str, tuple[Indices, ...]] = field(default_factory=dict)
+
+    def tensor_lines(self, module: Module) -> list[str]:
+        """The table `TENSORS`."""
+        rows = {
+            quoted(name): f"[{', '.join(_indices(module, values) for values in indices)}]"
+            for name, indices in self.tensors.items()
+        }
+        return ["# Tensors of its checkpoint; a star stands for an index.", *table("TENSORS", rows)]
 
     def mapper_lines(self, module: Module) -> list[str]:
         """The class attribute `hf_to_vllm_mapper`."""
@@ -49,16 +62,26 @@ class Loading:
 
     def load_lines(self, module: Module) -> list[str]:
         """The method `load_weights`."""
-        head = "    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:"
+        head = (
+            "    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:"
+        )
+        module.help("note_tensors")
+        module.help("check_loaded")
         loader = [
+            "        weights = note_tensors(weights, self.awaited)",
             "        loader = AutoWeightsLoader(self)",
-            "        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)",
+            "        loaded = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)",
+            "        check_loaded(self.awaited)",
+            "        return loaded",
         ]
         if not self.layouts:
             return [head, *loader]
         module.use("rearrange")
         module.use("re")
-        lines = ["    # How the checkpoint lays tensors out, and how vLLM's layers do.", "    layouts = {"]
+        lines = [
+            "    # How the checkpoint lays tensors out, and how vLLM's layers do.",
+            "    layouts = {",
+        ]
         for pattern, (layout, sizes) in self.layouts.items():
             value = f"({quoted(layout)}, {literal(dict(sizes))})"
             lines.append(f"        re.compile({_raw(pattern)}): {value},")
@@ -90,6 +113,7 @@ def loading_of(plan: Plan, ignored: tuple[str, ...] = ()) -> Loading:
         if to.layout is not None:
             loading.layouts.setdefault(_template(name, name)[0], (to.layout, _needed(to)))
     loading.ignored = tuple(_glob(p) for p in ignored)
+    loading.tensors = _compact(list(plan.tensors))
     for name, to in plan.tensors.items():
         got = apply(loading, name)
         assert got == (to.param, to.shard), f"{name} would be loaded to {got}, not to {to}"
@@ -126,7 +150,10 @@ def _stacked(plan: Plan) -> Stacked:
         parent = module.rpartition(".")[0].rpartition(".")[2]
         for before, after in (("", ""), ("", "."), (f".{parent}", ".")):
             part = f"{before}.{to.leaf}{after}"
-            if all((part in other) == (o.leaf == to.leaf and o.fused == to.fused) for other, o in names.items()):
+            if all(
+                (part in other) == (o.leaf == to.leaf and o.fused == to.fused)
+                for other, o in names.items()
+            ):
                 found[part] = (f"{before}.{to.fused}{after}", to.shard)
                 break
         else:
@@ -142,6 +169,34 @@ def _template(name: str, new: str) -> tuple[str, str]:
     for i, index in enumerate(indices, start=1):
         replaced = re.sub(rf"(?<=\.){index}(?=\.)", rf"\\{i}", replaced, count=1)
     return f"^{pattern}$", replaced
+
+
+def _compact(names: list[str]) -> dict[str, tuple[Indices, ...]]:
+    """Names by pattern, with the values of each index; in full where not all are combined."""
+    found: dict[str, list[Indices]] = {}
+    for name in names:
+        parts = name.split(".")
+        pattern = ".".join("*" if part.isdigit() else part for part in parts)
+        found.setdefault(pattern, []).append(tuple(int(p) for p in parts if p.isdigit()))
+    out: dict[str, tuple[Indices, ...]] = {}
+    for pattern, rows in found.items():
+        columns = tuple(tuple(sorted(set(column))) for column in zip(*rows, strict=True))
+        if len(rows) == prod(map(len, columns)):
+            out[pattern] = columns
+        else:
+            for row in rows:
+                out[functools.reduce(lambda p, i: p.replace("*", str(i), 1), row, pattern)] = ()
+    return out
+
+
+def _indices(module: Module, values: Indices) -> str:
+    """The values of an index as source text."""
+    if len(values) > 1:
+        steps = range(values[0], values[-1] + 1, values[1] - values[0])
+        if tuple(steps) == values:
+            size = module.size("layers", len(values))
+            return f"range({size})" if steps == range(len(values)) else repr(steps)
+    return literal(values)
 
 
 def _glob(pattern: str) -> str:

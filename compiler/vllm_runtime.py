@@ -5,6 +5,9 @@ They may use the names that the file imports, and nothing of this package.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from vllm import _custom_ops
@@ -48,6 +51,8 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
         got = getattr(config, name, None)
         if name == "rope_theta" and rope:
             got = rope.get(name)
+        if name == "tie_word_embeddings":  # vLLM unties where the checkpoint has both tensors
+            got = got or vllm_config.model_config.word_embeddings_untied_by_checkpoint
         if got is not None and got != want:
             wrong.append(f"{name}={got}, compiled for {want}")
     if wrong:
@@ -55,6 +60,42 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
             "this model class was compiled for another config.json\n"
             f"  got:  {'; '.join(wrong)}\n"
             "  fix:  compile the model of this folder, and register that class"
+        )
+
+
+def tensors_to_await(vllm_config: VllmConfig, tensors: dict) -> set[str]:
+    """What the first loading must bring: vLLM leaves a linear that misses its tensor as allocated.
+
+    Later loadings may bring a part. Of a quantised checkpoint the modules are awaited, since its
+    tensors have other names; where loading begins with random weights, nothing is.
+    """
+    if vllm_config.load_config.load_format == "dummy":
+        return set()
+    names = set()
+    for name, indices in tensors.items():
+        for index in product(*indices):
+            filled = name.replace("*", "{}").format(*index)
+            quantised = vllm_config.quant_config is not None
+            names.add(filled.rpartition(".")[0] if quantised else filled)
+    return names
+
+
+def note_tensors(weights: Iterable[tuple[str, torch.Tensor]], awaited: set[str]):
+    """The same weights; each is awaited no more."""
+    for name, weight in weights:
+        awaited.difference_update((name, name.rpartition(".")[0]))
+        yield name, weight
+
+
+def check_loaded(awaited: set[str]) -> None:
+    """Refuse to serve a model of which a tensor is missing."""
+    if awaited:
+        missing = sorted(awaited)
+        more = f", and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors of this model\n"
+            f"  missing: {', '.join(missing[:5])}{more}\n"
+            "  fix:     serve the folder that this class was compiled for, or save it again"
         )
 
 

@@ -95,6 +95,7 @@ class _Writer:
             if name in self.plan.blocks
         ]
         parts = [*blocks, self.model_class(), self.served_class()]
+        tensors = self.loading.tensor_lines(self.module)
         helpers = self.helpers()
         header = [
             *self.docstring(),
@@ -105,6 +106,8 @@ class _Writer:
             "",
             "# The config.json that this file was compiled for, as far as it decides the values.",
             *table("COMPILED_FOR", self.compiled_for()),
+            "",
+            *tensors,
         ]
         written = [*header, *(line for part in parts for line in ["", "", *part])]
         carried = [line for helper in helpers for line in ["", "", *helper]]
@@ -400,7 +403,7 @@ class _Writer:
             "SupportsLoRA",
         ):
             m.use(name)
-        for name in ("check_config", "check_ranks", "check_registered"):
+        for name in ("check_config", "check_ranks", "check_registered", "tensors_to_await"):
             m.help(name)
         logits = self.logits_lines()
         bases = ["nn.Module", "SupportsLoRA", *(["SupportsPP"] if self.staged else [])]
@@ -419,6 +422,7 @@ class _Writer:
             *self.check_ranks(),
             f"        check_registered({self.model.name}, vllm_config)",
             "        self.config = vllm_config.model_config.hf_config",
+            "        self.awaited = tensors_to_await(vllm_config, TENSORS)",
             *call(
                 f"self.{inner} = {self.body_class}",
                 ["vllm_config=vllm_config", f'prefix=maybe_prefix(prefix, "{inner}")'],

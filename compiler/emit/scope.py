@@ -18,6 +18,7 @@ _ROOT = "vllm.model_executor"
 IMPORTS = {
     "Iterable": "collections.abc",
     "islice": "itertools",
+    "product": "itertools",
     "re": "import",
     "torch": "",
     "F": "torch.nn",
@@ -63,6 +64,7 @@ HELPERS_USE = {
     "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
     "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
     "check_ranks": ("get_tensor_model_parallel_world_size",),
+    "note_tensors": ("Iterable", "torch"),
     "own_block": (
         "get_tensor_model_parallel_rank",
         "get_tensor_model_parallel_world_size",
@@ -70,6 +72,7 @@ HELPERS_USE = {
     ),
     "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
     "rms_norm": ("torch",),
+    "tensors_to_await": ("product",),
     "warn_length": ("init_logger",),
 }
 
