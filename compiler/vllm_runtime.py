@@ -154,6 +154,17 @@ def check_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
         )
 
 
+def check_positions(vllm_config: VllmConfig, limit: int) -> None:
+    """Refuse lengths past the end of the table of angles: it would be read there all the same."""
+    length = vllm_config.model_config.max_model_len
+    if length > limit:
+        raise ValueError(
+            f"the rope of this model has angles for {limit} positions\n"
+            f"  got:  max_model_len={length}\n"
+            f"  fix:  max_model_len={limit}"
+        )
+
+
 def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
     """Say where this rope differs: the engine fixes one set of factors for all."""
     if vllm_config.model_config.max_model_len > limit:

@@ -255,10 +255,18 @@ def _rotary(scope: Scope, node: fx.Node, attr: str) -> Layer:
     s = dict(node.kwargs)
     head_dim: Any = s["head_dim"]
     parameters, checks = _rope_parameters(scope, s, head_dim)
-    limit = s.get("max_position")
+    # The engine reads the angles from a table, and past its end whatever is there.
+    limit, length = s.get("max_position"), "vllm_config.model_config.max_model_len"
+    rows = limit if parameters["rope_type"] == "longrope" else None
+    if parameters["rope_type"] == "yarn":
+        rows = int(parameters["factor"] * parameters["original_max_position_embeddings"])
+    if rows:
+        checks = [*checks, f"{scope.module.help('check_positions')}(vllm_config, {rows})"]
+    elif limit:
+        limit = f"max({limit}, {length})"
     settings: dict[str, str | None] = {
         "head_size": scope.module.size("head_dim", head_dim),
-        "max_position": str(limit) if limit else "vllm_config.model_config.max_model_len",
+        "max_position": str(limit or length),
         "is_neox_style": "False" if s.get("interleaved") else None,
         "rope_parameters": literal(parameters),
     }

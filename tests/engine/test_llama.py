@@ -1,5 +1,6 @@
 """The emitted Llama on the real engine equals the pure function and vLLM's own class."""
 
+import json
 import re
 
 import pytest
@@ -133,6 +134,30 @@ def test_dynamic_rope_above_its_length_is_refused(tmp_path):
         serve_model(model, tmp_path, max_model_len=128)
 
 
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
+def test_longer_than_it_was_compiled_for(rope, tmp_path):
+    """The engine's table of angles grows with max_model_len: past its end is other memory."""
+    model = tiny_llama(rope_scaling=ROPES.get(rope), max_position_embeddings=64)
+    weights = saved(model, tmp_path)
+    lengthen(tmp_path, 256)
+    check(serve_model(model, tmp_path), expected(model, weights))
+
+
+@pytest.mark.parametrize("rope", ["yarn", "longrope"])
+def test_longer_than_the_table_of_angles_is_refused(rope, tmp_path):
+    scaling = YARN | {"factor": 2.0} if rope == "yarn" else LONGROPE
+    saved(model := tiny_llama(rope_scaling=scaling, max_position_embeddings=128), tmp_path)
+    lengthen(tmp_path, 256)
+    with pytest.raises(ValueError, match="max_model_len=256\n  fix:  max_model_len=128"):
+        serve_model(model, tmp_path)
+
+
+def lengthen(folder, length):
+    """Let config.json allow longer sequences."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_chunked_prefill(plain, tp):
     """Prompts in pieces of at most 16 tokens, mixed with decoding."""
@@ -231,7 +256,7 @@ def test_bfloat16_is_within_noise(tmp_path):
 FAULTS = {
     "scale": ("scale=HEAD_DIM**-0.5", "scale=1.1 * HEAD_DIM**-0.5"),
     "rope": ('"rope_theta": 10000.0}', '"rope_theta": 9000.0}'),
-    "rotation": ("max_position=256,", "max_position=256, is_neox_style=False,"),
+    "rotation": ("max_position=", "is_neox_style=False, max_position="),
     "norm": ("eps=1e-05", "eps=1e-02"),
     "residual": ("return mlp, residual", "return mlp, residual + 1e-3 * mlp"),
     "window": (

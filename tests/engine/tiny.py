@@ -101,17 +101,16 @@ def register(model: fm.Model, edit: Callable[[str], str] | None = None) -> type:
     Args:
         edit: applied to the emitted source, to plant a fault.
     """
-    from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from compiler.vllm_plugin import _config_class
+    from compiler import vllm_plugin
 
     cls: Any = fm.compile_to_vllm(model)
     if edit is not None:
         edited = edit(cls.source)
         assert edited != cls.source, "the fault was not planted"
         cls = load_source(edited, model.name)
-    AutoConfig.register("funcmodels", _config_class(), exist_ok=True)
+    vllm_plugin.register()
     ModelRegistry.register_model(model.name, cls)
     return cls
 
