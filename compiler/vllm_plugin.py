@@ -9,7 +9,6 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from compiler.register import Entry, registered
 from compiler.vllm_target import load_file
@@ -23,7 +22,9 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.logger import init_logger
 
-    AutoConfig.register("funcmodels", _config_class(), exist_ok=True)
+    from compiler.vllm_config import FuncModelsConfig
+
+    AutoConfig.register("funcmodels", FuncModelsConfig, exist_ok=True)
     known = ModelRegistry.get_supported_archs()
     for name in ZOO:
         if name not in known:  # neither in the place of vLLM's own class nor of a user's
@@ -54,13 +55,3 @@ def factory_class(name: str, factory: Callable[..., Model]) -> type:
     from compiler.vllm_factory import FactoryModel
 
     return type(name, (FactoryModel,), {"factory": staticmethod(factory)})
-
-
-def _config_class() -> Any:
-    """The config of folders that `fm.save` wrote for a model made for no published checkpoint."""
-    from transformers import PretrainedConfig
-
-    class FuncModelsConfig(PretrainedConfig):
-        model_type = "funcmodels"
-
-    return FuncModelsConfig

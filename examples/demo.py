@@ -218,7 +218,7 @@ def first_layers(folder: Path, count: int) -> Path:
 
 def main(
     quick: Annotated[bool, typer.Option(help="two layers and a few steps: for tests")] = False,
-    steps: Annotated[int, typer.Option(help="of fine-tuning")] = 40,
+    steps: Annotated[int, typer.Option(help="of fine-tuning")] = 32,
 ) -> None:
     """Inspect, compile, serve, compare, fine-tune, and serve again SmolLM2-135M-Instruct."""
     from transformers import AutoTokenizer
