@@ -9,6 +9,7 @@ first time, and later calls only bind their parameters to it. So the cost does n
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -269,7 +270,8 @@ class _Tracer(TorchFunctionMode):
                 raise refuse.fixes_size(func)
         self.guards = len(self.shapes.guards)  # else what an operation itself assumes is no branch
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
-            if out is self.dtype and self.dtype_read is None:
+            users = is_users(sys._getframe(2).f_code.co_filename)  # not torch's own Python
+            if users and out is self.dtype and self.dtype_read is None:
                 self.dtype_read = users_line()
             return out
         if is_identity(func, args, kwargs):

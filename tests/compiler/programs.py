@@ -14,6 +14,8 @@ from compiler.comm import Comm, Simulated
 from compiler.ir import Program
 from compiler.partition import Partitioned
 
+torch.set_num_threads(1)  # the tensors here are tiny
+
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 24, 16, 4, 2, 4, 12
 TABLE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
 
