@@ -11,8 +11,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_dp_group, get_ep_group, get_pp_group, get_tp_group
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.registry import ModelRegistry
 
 from compiler.parallel import ParallelContext
+from compiler.register import RegisterError
 from compiler.vllm_target import compile_to_vllm
 from funcmodels.spec import Model
 
@@ -24,6 +26,7 @@ class FactoryModel(nn.Module, SupportsLoRA, SupportsPP):
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        _check_latest(cls, vllm_config.model_config.architecture)
         model = cls.factory(vllm_config.model_config.hf_config, parallel_context(vllm_config))
         served: Any = compile_to_vllm(model)
         if vllm_config.quant_config is not None:
@@ -54,6 +57,24 @@ class FactoryModel(nn.Module, SupportsLoRA, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         raise NotImplementedError
+
+
+def _check_latest(cls: type[FactoryModel], name: str) -> None:
+    """Refuse a factory that another was registered after: vLLM remembers the class of a name.
+
+    Raises:
+        RegisterError: vLLM kept the first.
+    """
+    registered = ModelRegistry.models.get(name)
+    latest: Any = registered.load_model_cls() if registered else cls
+    if getattr(latest, "factory", cls.factory) is not cls.factory:
+        raise RegisterError(
+            f"{name} was registered again after this process had loaded it",
+            got=f"{latest.factory.__qualname__} after {cls.factory.__qualname__}",
+            need="a name of its own for each: vLLM kept the first",
+            fix='fm.register(factory, name="NewName"), with hf_overrides={"architectures": '
+            '["NewName"]}, or a new process',
+        )
 
 
 def parallel_context(vllm_config: VllmConfig) -> ParallelContext:

@@ -51,6 +51,9 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
         got = getattr(config, name, None)
         if name == "rope_theta" and rope:
             got = rope.get(name)
+        if name == "rope_parameters":  # the base stands for itself, and may stand elsewhere
+            got = {k: rope.get(k, v) for k, v in want.items()}
+            got["rope_type"] = rope.get("rope_type", "default")
         if name == "tie_word_embeddings":  # vLLM unties where the checkpoint has both tensors
             got = got or vllm_config.model_config.word_embeddings_untied_by_checkpoint
         if got is not None and got != want:
@@ -106,15 +109,15 @@ def check_registered(cls: type, vllm_config: VllmConfig) -> None:
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
-    for name in vllm_config.model_config.hf_config.architectures or []:
-        latest = getattr(ModelRegistry.models.get(name), "model_cls", None)
-        if hasattr(latest, "compiled_by") and latest is not cls:
-            raise ValueError(
-                f"{name} was registered again after this process had loaded it, "
-                "and vLLM kept the first class\n"
-                "  fix:  register the new class under a new name, with "
-                'hf_overrides={"architectures": ["NewName"]}, or start a new process'
-            )
+    name = vllm_config.model_config.architecture
+    latest = ModelRegistry.models[name].load_model_cls() if name in ModelRegistry.models else cls
+    if hasattr(latest, "compiled_by") and latest is not cls:
+        raise ValueError(
+            f"{name} was registered again after this process had loaded it, "
+            "and vLLM kept the first class\n"
+            "  fix:  register the new class under a new name, with "
+            'hf_overrides={"architectures": ["NewName"]}, or start a new process'
+        )
 
 
 def check_ranks(axes: dict) -> None:

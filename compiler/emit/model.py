@@ -128,9 +128,12 @@ class _Writer:
     def compiled_for(self) -> dict[str, str]:
         config = config_of_fields(self.model)
         found = {k: config[k] for k in _STRUCTURE if config.get(k) is not None}
-        rope = config.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            found["rope_theta"] = rope["rope_theta"]
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        found |= {k: rope.pop(k) for k in ("rope_theta",) if k in rope}
+        if rope or "rope_theta" in found:
+            rope_type = rope.pop("type", "default")
+            rope = {k: v for k, v in rope.items() if v is not None}
+            found["rope_parameters"] = {"rope_type": rope_type, **rope}
         return {quoted(k): literal(v) for k, v in found.items()}
 
     def imports(self) -> list[str]:

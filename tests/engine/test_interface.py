@@ -54,7 +54,7 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("how", ["class", "string"])
+@pytest.mark.parametrize("how", ["class", pytest.param("string", marks=pytest.mark.slow)])
 def test_found_and_inspected(how, plain, tmp_path):
     """By class object, and by the string that names an emitted file's class."""
     model, folder, _ = plain

@@ -25,6 +25,7 @@ HF: dict[str, Any] = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
+    "hidden_act": "silu",
 }
 
 # Of several lengths; the longest is over several blocks of the KV cache, of 32 tokens here.
