@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Annotated, Any
 
 import torch
@@ -166,7 +167,7 @@ def find_model(name: str) -> fm.Model:
             fix=f"{name}:model" if name.endswith(".py") else None,
         )
     found: Any = getattr(_module(place), attribute, None)
-    if callable(found) and not isinstance(found, fm.Model):
+    if isinstance(found, FunctionType):
         found = found()
     if not isinstance(found, fm.Model):
         raise CommandError(

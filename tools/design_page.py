@@ -90,9 +90,9 @@ checked by evaluating the program before and after. Still two ranks:
 What happened, in order: the gradient-only `vary` is gone; each product became a linear layer, cut
 by columns or by rows; the last product and the `all_reduce` became one row-parallel linear; q, k
 and v read the same input, so they are one `qkv` linear, split afterwards; heads stay flat, which is
-the form the engine's kernels want; and the residual addition moved into a norm. That last one reaches
-across blocks: the block returns both terms of its final sum, and the norm that opens the next block
-adds them up ([003](003-residuals-across-blocks.md)).
+the form the engine's kernels want; and the residual addition moved into a norm. That last one
+reaches across blocks: the block returns both terms of its final sum, and the norm that opens the
+next block adds them up ([003](003-residuals-across-blocks.md)).
 
 ## 5. Emitted
 
