@@ -113,7 +113,7 @@ def test_quantised_with_an_ignore_list(ignored, tp, plain, tmp_path):
 
 def test_a_quantised_folder_through_a_factory(plain, tmp_path):
     """vLLM asks the class that it loads for its fused modules, before there is a model."""
-    model, folder, _ = plain
+    _, folder, _ = plain
     quantise(folder, tmp_path, IGNORED["names"])
     theirs = serve(tmp_path, PROMPTS, arch="LlamaForCausalLM", prompt_logprobs=True)
     ours = serve(
@@ -139,10 +139,7 @@ def test_without_prefix_or_mapping_quantisation_goes_wrong(missing, plain, tmp_p
 
     theirs = serve(tmp_path, PROMPTS, arch="LlamaForCausalLM", prompt_logprobs=True)
     want = [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs]
-    try:
-        assert distance(serve_model(model, tmp_path, edit=edit), want) > 0.2
-    except Exception as error:  # noqa: BLE001
-        assert "qkv_proj" in str(error) or "q_proj" in str(error)
+    assert distance(serve_model(model, tmp_path, edit=edit), want) > 0.2
 
 
 # 4. vLLM remembers the class of a name.
