@@ -143,11 +143,13 @@ def _stacked(plan: Plan) -> Stacked:
     """Parts of names, each as short as it can be without meaning another tensor too."""
     found: Stacked = {}
     names = {_unfused(to): to for to in plan.tensors.values()}
+    done: set[tuple] = set()  # alike in every layer: looked for once
     for unfused, to in names.items():
-        if not to.fused or to.shard is None:
+        parent = unfused.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]
+        alike = (to.leaf, to.fused, to.shard, parent)
+        if not to.fused or to.shard is None or alike in done:
             continue
-        module = unfused.rpartition(".")[0]
-        parent = module.rpartition(".")[0].rpartition(".")[2]
+        done.add(alike)
         for before, after in (("", ""), ("", "."), (f".{parent}", ".")):
             part = f"{before}.{to.leaf}{after}"
             if all(

@@ -23,12 +23,20 @@ def copy_block(block: Block) -> Block:
     return replace(block, graph=graph, params=dict(block.params))
 
 
-def on_blocks(fn: BlockPass) -> ProgramPass:
-    """A pass over a program that does the same to each of its blocks, and drops what that kills."""
+def on_blocks(fn: BlockPass, *targets: Any) -> ProgramPass:
+    """A pass over a program that does the same to each of its blocks, and drops what that kills.
+
+    Args:
+        fn: changes a block of its own and returns it.
+        targets: what it looks for; a block that calls none of them is left as it is, uncopied.
+    """
+
+    def one(block: Block) -> Block:
+        return dce(fn(copy_block(block))) if calls_of(block, *targets) else block
 
     def run(program: Program) -> Program:
-        blocks = {name: dce(fn(copy_block(block))) for name, block in program.blocks.items()}
-        return replace(program, root=dce(fn(copy_block(program.root))), blocks=blocks)
+        blocks = {name: one(block) for name, block in program.blocks.items()}
+        return replace(program, root=one(program.root), blocks=blocks)
 
     run.__name__, run.__doc__ = fn.__name__, fn.__doc__
     return run

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
@@ -37,6 +41,8 @@ from funcmodels import tree
 from funcmodels.errors import TraceError
 from funcmodels.source import SourceLine, is_users, users_line
 from funcmodels.spec import Model, Param
+
+_CPU = torch.device("cpu")
 
 # Symbolic sizes need an example. A program that branches on it is refused, so it never matters.
 _EXAMPLES = {"num_tokens": 499, "batch": 467, "seq": 499}
@@ -126,7 +132,10 @@ class _Tracer(TorchFunctionMode):
         self.scopes: list[_Scope] = []
         self.recorded: dict[Any, _Recorded] = {}
         self.paths: dict[int, str] = {}  # id of a parameter -> its path
+        self.kinds: dict[int, int] = {}  # id of a parameter -> the number of its kind
+        self.numbers: dict[Any, int] = {}
         self.symbols: dict[str, str] = {}  # torch's symbol -> our name
+        self.sizes: dict[Any, Sym] = {}  # torch's expressions -> ours: renaming one is slow
         self.guards = 0
         self.takes_gradients = torch.is_grad_enabled()
         self.refused: TraceError | None = None
@@ -138,8 +147,8 @@ class _Tracer(TorchFunctionMode):
         self.scopes.append(scope)
         inputs = self._inputs()
         tokens = inputs["tokens"]
+        params = tree.map_with_path(self._parameter, self.model.params)
         with self.fake:
-            params = tree.map_with_path(self._parameter, self.model.params)
             for name, value in inputs.items():
                 scope.bind(value, self._node("placeholder", name, value))
             before = set_tracer(self)
@@ -169,10 +178,14 @@ class _Tracer(TorchFunctionMode):
 
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""
+        # Made by the constructor: through the fake mode, a deep model's would take a second.
         meta = torch.empty(param.shape, dtype=param.dtype or self.dtype, device="meta")
-        value = FakeTensor(self.fake, meta, torch.device("cpu"))
+        value = FakeTensor(self.fake, meta, _CPU)
         self.paths[id(value)] = path
         self.scopes[-1].own(value, path, param)
+        # Parameters of one kind make calls of one block; a number compares faster than all this.
+        kind = (param.axes, param.shape, param.dtype, self.model.specs[path], param.hf)
+        self.kinds[id(value)] = self.numbers.setdefault(kind, len(self.numbers))
         return value
 
     def _call(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -221,9 +234,12 @@ class _Tracer(TorchFunctionMode):
         expr = n.node.expr
         if expr.is_Integer:
             return int(expr)
+        if expr in self.sizes:
+            return self.sizes[expr]
         if any(str(s) not in self.symbols for s in expr.free_symbols):
             raise refuse.branch_on_value(None, "the shape of this")
-        return Sym(str(expr.subs({s: self.symbols[str(s)] for s in expr.free_symbols})))
+        renamed = expr.subs({s: self.symbols[str(s)] for s in expr.free_symbols})
+        return self.sizes.setdefault(expr, Sym(str(renamed)))
 
     def _node_of(self, value: Tensor, user: Any) -> fx.Node:
         """The node that made a tensor, in the block being recorded."""
@@ -310,17 +326,21 @@ class _Tracer(TorchFunctionMode):
         """Record a block the first time it is called in this way, and a call of it every time."""
         self._check_branches()
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        described = tuple(self._describe(leaf, fn) for leaf in leaves)
+        with torch._C.DisableTorchFunction():  # looking at shapes is no operation of the model
+            described = tuple(self._describe(leaf, fn) for leaf in leaves)
         key = (fn, spec, described, _aliases(leaves), surroundings(fn))
         if key not in self.recorded:
             self.recorded[key] = self._record(fn, leaves, spec)
-        found = self.recorded[key]
+        with torch._C.DisableTorchFunction():
+            return self._call_of(self.recorded[key], fn, leaves)
+
+    def _call_of(self, found: _Recorded, fn: Callable[..., Any], leaves: list[Any]) -> Any:
+        """A call of a recorded block: its node, and values of its own for its results."""
         scope = self.scopes[-1]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         inputs = tuple(self._node_of(t, fn) for t in tensors if id(t) not in self.paths)
         owned = [self._own_name(t, fn) for t in tensors if id(t) in self.paths]
-        with torch._C.DisableTorchFunction():
-            results = [t.detach() for t in found.tensors]
+        results = [self._alike(t) for t in found.tensors]
         single = len(results) == 1
         call = self._node("call_module", found.block.name, results[0] if single else tuple(results), inputs)
         call.meta["binding"] = dict(zip(found.block.params, owned, strict=True))
@@ -329,6 +349,11 @@ class _Tracer(TorchFunctionMode):
         rest = iter(results)
         out = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in found.leaves]
         return pytree.tree_unflatten(out, found.spec)
+
+    def _alike(self, value: Tensor) -> Tensor:
+        """Another fake of the same type: each call of a block has results of its own."""
+        with in_kernel_invocation_manager(self.fake):  # where a fake shows itself as what it is
+            return FakeTensor(self.fake, value, _CPU)
 
     def _own_name(self, value: Tensor, fn: Any) -> str:
         """The name of a parameter in the block being recorded."""
@@ -343,8 +368,7 @@ class _Tracer(TorchFunctionMode):
             path = self.paths.get(id(leaf))
             if path is None:
                 return (leaf.dtype, tuple(map(str, leaf.shape)))
-            param = self.model.by_path[path]
-            return (param.axes, param.shape, param.dtype, self.model.specs[path], param.hf)
+            return self.kinds[id(leaf)]
         try:
             hash(found := snapshot(leaf))
         except TypeError:

@@ -11,13 +11,19 @@ from funcmodels.errors import VerifyError
 _OPS = {"placeholder", "get_attr", "call_function", "call_module", "output"}
 
 
-def verify(program: Program) -> None:
+def verify(program: Program, *, since: Program | None = None) -> None:
     """Check every block: operations, types, lines, parameters and the calls between blocks.
 
+    Args:
+        program: what to check.
+        since: a program that was checked; the blocks that both share are passed over.
     Raises:
         VerifyError: names the block, the node and the rule.
     """
+    checked = set(map(id, since.all())) if since is not None else set()
     for block in program.all():
+        if id(block) in checked:
+            continue
         block.graph.lint()
         for node in block.graph.nodes:
             _check_node(program, block, node)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+
+from compiler import collectives, layers
 from compiler.ir import Program
 from compiler.passes.cancel_reshapes import cancel_reshapes
 from compiler.passes.drop_gradients import drop_gradients
@@ -14,18 +18,20 @@ from compiler.passes.lower_linear import lower_linear
 from compiler.passes.lower_vocab import lower_vocab
 from compiler.passes.silu_and_mul import silu_and_mul
 from compiler.rewrite import ProgramPass, on_blocks
+from compiler.rules import vocab_embed
 from compiler.verify import verify
+from funcmodels import ops
 
 PIPELINE: tuple[ProgramPass, ...] = (
-    on_blocks(drop_gradients),
-    on_blocks(lower_linear),
-    on_blocks(fuse_bias),
-    on_blocks(silu_and_mul),
-    on_blocks(fuse_gate_up),
-    on_blocks(fuse_qkv),
-    on_blocks(flatten_heads),
-    on_blocks(cancel_reshapes),
-    on_blocks(lower_vocab),
+    on_blocks(drop_gradients, collectives.vary, collectives.replica_sum),
+    on_blocks(lower_linear, torch.einsum, torch.matmul, F.linear),
+    on_blocks(fuse_bias, layers.linear),
+    on_blocks(silu_and_mul, torch.mul),
+    on_blocks(fuse_gate_up, ops.swiglu, ops.geglu),
+    on_blocks(fuse_qkv, ops.attention),
+    on_blocks(flatten_heads, ops.rope, ops.attention),
+    on_blocks(cancel_reshapes, torch.reshape),
+    on_blocks(lower_vocab, vocab_embed, ops.unembed),
     fuse_add_rms_norm,
 )
 
@@ -33,6 +39,6 @@ PIPELINE: tuple[ProgramPass, ...] = (
 def run_passes(program: Program) -> Program:
     """The program after every pass, verified between them."""
     for run in PIPELINE:
-        program = run(program)
-        verify(program)
+        before, program = program, run(program)
+        verify(program, since=before)
     return program
