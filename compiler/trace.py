@@ -34,10 +34,11 @@ from compiler import refuse
 from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, target_name
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize
+from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
 from compiler.verify import verify
-from funcmodels.block import set_tracer
 from funcmodels import tree
+from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
 from funcmodels.source import SourceLine, is_users, users_line
 from funcmodels.spec import Model, Param
@@ -75,7 +76,9 @@ def _outline(program: Program, dtype: torch.dtype) -> list[str]:
     same = {str(MODEL_DTYPE), str(dtype)}
 
     def line(node: fx.Node) -> str:
-        args = fx.node.map_aggregate((node.args, node.kwargs), lambda a: "model" if str(a) in same else a)
+        args = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: "model" if str(a) in same else a
+        )
         return f"{node.op} {target_name(node.target)} {args}"
 
     return [line(node) for block in program.all() for node in block.graph.nodes]
@@ -216,7 +219,9 @@ class _Tracer(TorchFunctionMode):
 
     # Nodes
 
-    def _node(self, op: str, target: Any, value: Any, args: tuple = (), kwargs: Any = None) -> fx.Node:
+    def _node(
+        self, op: str, target: Any, value: Any, args: tuple = (), kwargs: Any = None
+    ) -> fx.Node:
         node = self.scopes[-1].graph.create_node(op, target, args, kwargs or {})
         node.meta["where"] = users_line()
         node.meta["type"] = pytree.tree_map_only(Tensor, self._type, value)
@@ -276,9 +281,8 @@ class _Tracer(TorchFunctionMode):
     def _record_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._check_branches()
         refuse.impure(func, args, kwargs)
-        self._check_context()
         try:
-            out = func(*args, **kwargs)
+            out = result_of(func, args, kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
         for guard in self.shapes.guards[self.guards :]:
@@ -290,6 +294,7 @@ class _Tracer(TorchFunctionMode):
             if users and out is self.dtype and self.dtype_read is None:
                 self.dtype_read = users_line()
             return out
+        self._check_context()
         if is_identity(func, args, kwargs):
             out = out.detach()
             self.scopes[-1].bind(out, self._node_of(args[0], func))
@@ -342,7 +347,9 @@ class _Tracer(TorchFunctionMode):
         owned = [self._own_name(t, fn) for t in tensors if id(t) in self.paths]
         results = [self._alike(t) for t in found.tensors]
         single = len(results) == 1
-        call = self._node("call_module", found.block.name, results[0] if single else tuple(results), inputs)
+        call = self._node(
+            "call_module", found.block.name, results[0] if single else tuple(results), inputs
+        )
         call.meta["binding"] = dict(zip(found.block.params, owned, strict=True))
         self._bind(call, results[0] if single else results)
         scope.keep.extend(results)

@@ -66,7 +66,7 @@ def specs(draw: Any, steps: tuple[str, ...] = ()) -> Spec:
 def model_of(spec: Spec) -> fm.Model:
     """The program of a spec."""
     P = fm.axes(**dict(spec.sizes))
-    table = {axis: "tp" for axis in spec.table}
+    table = dict.fromkeys(spec.table, "tp")
 
     def params_of(step: str) -> dict[str, Any]:
         # A table may put two dims of one tensor on "tp": the second is then left whole.

@@ -52,7 +52,8 @@ def random_programs(spec: Spec) -> None:
     model = model_of(spec)
     program = trace(model)
     local = partition(program)
-    weights = weights_of(model)
+    # Smaller, so that no softmax saturates, where gradients are differences of large numbers.
+    weights = fm.tree.map(lambda w: 0.6 * w, weights_of(model))
     tokens, positions = inputs_of(5, vocab=dict(spec.sizes)["vocab"])
     counts()["programs"] += 1
     counts()["gathered"] += bool(local.gathered)
@@ -157,7 +158,7 @@ def test_strict_refuses_with_the_line():
         return ops.unembed(x + h @ params["up"], params["head"])
 
     program = trace(small(forward, {"up": P("mlp hidden")}, {"mlp": "tp"}))
-    with pytest.raises(LoweringError, match="no sharding rule for torch.cumsum") as error:
+    with pytest.raises(LoweringError, match=r"no sharding rule for torch\.cumsum") as error:
         partition(program, strict=True)
     assert str(error.value.lines["from"]).startswith("test_partition.py:")
     assert "strict=False" in error.value.lines["fix"]

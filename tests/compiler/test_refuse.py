@@ -48,7 +48,9 @@ def refused(body: Any, match: str, fix: str, line: str | None = None, outer: boo
     if line is not None:
         source, first = inspect.getsourcelines(body)
         number = first + next(i for i, text in enumerate(source) if line in text)
-        assert str(error.value.lines["from"]).startswith(f"test_refuse.py:{number} in "), error.value
+        assert str(error.value.lines["from"]).startswith(f"test_refuse.py:{number} in "), (
+            error.value
+        )
 
 
 # A result that is no logits
@@ -114,7 +116,9 @@ def appends(p, x, seen):
 
 
 def test_a_block_writes_into_a_parameter():
-    refused(lambda p, x, s: writes_parameter(p["layers"][0], x), "mul_ writes into a tensor", "x.mul")
+    refused(
+        lambda p, x, s: writes_parameter(p["layers"][0], x), "mul_ writes into a tensor", "x.mul"
+    )
 
 
 def test_the_line_of_a_write_is_the_blocks():
@@ -134,7 +138,9 @@ def test_a_block_assigns_to_its_parameters():
 
 def test_a_block_multiplies_a_parameter_in_place():
     refused(
-        lambda p, x, s: multiplies_parameter_in_place(p["layers"][0], x), "mul_ writes into", "x.mul"
+        lambda p, x, s: multiplies_parameter_in_place(p["layers"][0], x),
+        "mul_ writes into",
+        "x.mul",
     )
 
 
@@ -467,6 +473,8 @@ def with_autocast(p, x, s):
 )
 def test_contexts_are_not_recorded(body, match, fix):
     refused(body, match, fix)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_tracing_without_gradients_is_fine():
