@@ -11,6 +11,7 @@ from tests.engine.harness import generate, make_llm, run_in_engine
 from tests.engine.tiny import (
     PROMPTS,
     check,
+    distance,
     expected,
     register,
     saved,
@@ -182,14 +183,14 @@ def test_old_rotary_tables_are_passed_over(plain, tmp_path):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_reloaded_weights_are_exact(tp, plain):
-    """Trap: reloading corrupts some models. Served, updated, reset, served again."""
+    """Trap: reloading corrupts some models, and old prefixes are served until they are reset."""
     model, folder, _ = plain
     other = weights_of(model, scale=1.5)
     want = expected(model, other)
 
     def run():
         register(model)
-        llm = make_llm(folder, tp=tp)
+        llm = make_llm(folder, tp=tp, enable_prefix_caching=True, block_size=32)
         generate(llm, PROMPTS)
         pairs = [
             (name, tensor)
@@ -201,10 +202,14 @@ def test_reloaded_weights_are_exact(tp, plain):
             )
         ]
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
-        llm.reset_prefix_cache()
-        return generate(llm, PROMPTS, prompt_logprobs=True)
+        stale = generate(llm, PROMPTS)
+        assert llm.reset_prefix_cache()
+        return stale, generate(llm, PROMPTS)
 
-    check(run_in_engine(run), want)
+    stale, served = run_in_engine(run)
+    assert stale[2].num_cached_tokens == 64
+    assert distance(stale[2:], want[2:]) > 0.01
+    check(served, want)
 
 
 def broken(folder, target, *, drop=None, add=None):
