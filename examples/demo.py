@@ -1,6 +1,6 @@
 """The whole way on SmolLM2-135M-Instruct: inspect, compile, serve, compare, fine-tune, serve.
 
-    make demo                        # about five minutes on two cores, after set-up
+    make demo                        # sets up what it needs, and prints how long each part took
     python -m examples.demo --quick  # the same with two of the thirty layers: it says nonsense
 
 Every step prints what it did and how long it took. What it writes goes to examples/out/demo.

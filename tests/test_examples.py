@@ -31,6 +31,8 @@ def script(module: str, *args: str) -> str:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 def test_hello():
     assert "Written once, trained and served." in script("examples.hello")
@@ -38,7 +40,7 @@ def test_hello():
 
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (HAS_VLLM and HAS_SMOLLM2), reason="vLLM or the weights are missing")
 def test_demo():
     said = script("examples.demo", "--quick")
