@@ -1,4 +1,4 @@
-"""How ranks reach each other: all in one process, for tests, or one a process, over torch.distributed.
+"""How ranks reach each other: all in one process, or one a process over torch.distributed.
 
 Both carry out the nodes of `compiler.collectives`, forward and backward, on a list with the value
 of each rank that lives here.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from compiler import collectives
 from compiler.comm import Comm, Simulated
@@ -126,7 +127,9 @@ class _Run:
     def _call(self, node: fx.Node, weights: Any, env: Any) -> list[Any]:
         callee, n = self.program.blocks[str(node.target)], len(self.comm.ranks)
         bound = {inner: weights[outer] for inner, outer in binding(node).items()}
-        results = self.block(callee, bound, [env[a] if isinstance(a, fx.Node) else [a] * n for a in node.args])
+        results = self.block(
+            callee, bound, [env[a] if isinstance(a, fx.Node) else [a] * n for a in node.args]
+        )
         if isinstance(node.meta["type"], tuple):
             return [tuple(values) for values in zip(*results, strict=True)]
         return results[0]
@@ -165,7 +168,7 @@ class _Run:
                 return leaf.at(rank, self.comm.size)
             return self.dtype if leaf is MODEL_DTYPE else leaf
 
-        return fx.node.map_aggregate(args, one)
+        return map_aggregate(args, one)
 
 
 def _vocab_embed(

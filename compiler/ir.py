@@ -154,7 +154,10 @@ def target_name(target: Any) -> str:
         return f"ops.{name}"
     if module.startswith("compiler"):
         return name
-    if getattr(torch.nn.functional, name, None) is target and getattr(torch, name, None) is not target:
+    if (
+        getattr(torch.nn.functional, name, None) is target
+        and getattr(torch, name, None) is not target
+    ):
         return f"F.{name}"
     if getattr(torch.Tensor, name, None) is target:
         return f"Tensor.{name}"

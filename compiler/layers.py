@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,8 @@ def rotary(
     positions: Tensor, q: Tensor, k: Tensor, *, head_dim: int, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """`ops.rope` on flat q and k: the only form that the engine's CPU kernel computes rightly."""
-    heads = [t.reshape(t.shape[0], -1, head_dim) for t in (q, k)]
-    out = ops.rope(*heads, positions, **settings)
+    q_heads, k_heads = (t.reshape(t.shape[0], -1, head_dim) for t in (q, k))
+    out = ops.rope(q_heads, k_heads, positions, **settings)
     return out[0].reshape(q.shape), out[1].reshape(k.shape)
 
 
@@ -97,7 +97,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return ops.swiglu(gate, up)
 
 
-def gelu_and_mul(x: Tensor, *, approximate: str) -> Tensor:
+def gelu_and_mul(x: Tensor, *, approximate: Literal["none", "tanh"]) -> Tensor:
     """gelu of the first half of the features, times the second."""
     gate, up = x.chunk(2, dim=-1)
     return ops.geglu(gate, up, approximate=approximate)

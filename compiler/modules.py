@@ -7,8 +7,8 @@ named by its path; `Plan.tensors` then says what the loader has to rename.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 
 from torch import fx
 
@@ -108,7 +108,7 @@ class _Planner:
     def visit(
         self, block: Block, names: dict[str, str], anchor: str, skip: frozenset | set = frozenset()
     ) -> None:
-        """Place a block's instance at `anchor`; `names` gives each parameter's path in the model."""
+        """Place a block's instance at `anchor`; `names` has each parameter's path in the model."""
         if block.name not in self.plan.blocks:
             self.plan.blocks[block.name] = self.place(block, names, anchor)
         placed = self.plan.blocks[block.name]
@@ -197,7 +197,7 @@ class _Planner:
     # Tensors
 
     def tensor(self, path: str) -> str:
-        """The checkpoint's name of a parameter, with the beginning that the module tree gives it."""
+        """The checkpoint's name of a parameter, with the beginning of the module tree."""
         return _join(self.prefix, self.maps[path].names[0])
 
     def linear(self, node: fx.Node, names: dict[str, str], module: str) -> None:
@@ -212,7 +212,12 @@ class _Planner:
                 layout = _layout(self.maps[path], matrix if kind == "weight" else None)
                 sizes = self.maps[path].sizes if layout else ()
                 self.plan.tensors[self.maps[path].names[0]] = Destination(
-                    f"{module}.{kind}", shard, leaf, fused if shard is not None else "", layout, sizes
+                    f"{module}.{kind}",
+                    shard,
+                    leaf,
+                    fused if shard is not None else "",
+                    layout,
+                    sizes,
                 )
                 if shard is not None and kind == "weight":
                     members = self.plan.fused.setdefault(fused, [])
@@ -229,7 +234,7 @@ class _Planner:
                 fix="store it as one tensor, without an axis in braces",
             )
         layout = None if map_.is_identity else f"{map_.layout} -> {' '.join(map_.axes)}"
-        self.plan.tensors[map_.names[0]] = Destination(
+        self.plan.tensors[next(iter(map_.names))] = Destination(
             param, layout=layout, sizes=map_.sizes if layout else ()
         )
 
@@ -238,8 +243,10 @@ def _is_layer(node: fx.Node) -> bool:
     """Whether a node becomes a module that holds parameters."""
     if node.target in (layers.linear, layers.vocab_embedding, layers.logits):
         return True
-    return node.target in NORMS and bool(_params(node)) and all(
-        is_param(a) for a in node.args[_first_weight(node) :] if isinstance(a, fx.Node)
+    return (
+        node.target in NORMS
+        and bool(_params(node))
+        and all(is_param(a) for a in node.args[_first_weight(node) :] if isinstance(a, fx.Node))
     )
 
 
@@ -286,7 +293,7 @@ def fused_name(leaves: list[str]) -> str:
     """`q_proj k_proj v_proj` as `qkv_proj`, `gate_proj up_proj` as `gate_up_proj`."""
     if len(leaves) == 1:
         return leaves[0]
-    tail = commonprefix([leaf[::-1] for leaf in leaves])[::-1]
+    tail = "".join(_shared([leaf[::-1] for leaf in leaves]))[::-1]
     tail = tail[tail.index("_") :] if "_" in tail else ""
     stems = [leaf[: len(leaf) - len(tail)] if tail else leaf for leaf in leaves]
     return ("" if all(len(s) == 1 for s in stems) else "_").join(stems) + tail
@@ -316,8 +323,17 @@ def _common(names: list[str]) -> str:
     """The longest dotted prefix that names share."""
     if not names:
         return ""
-    split = [name.split(".") for name in names]
-    return ".".join(commonprefix(split))
+    return ".".join(_shared([name.split(".") for name in names]))
+
+
+def _shared(sequences: Sequence[Sequence[str]]) -> list[str]:
+    """The elements that sequences begin with in common."""
+    found = []
+    for elements in zip(*sequences, strict=False):
+        if len(set(elements)) > 1:
+            break
+        found.append(elements[0])
+    return found
 
 
 def _clashes(call: fx.Node, places: dict[fx.Node, str], anchor: str) -> bool:

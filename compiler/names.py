@@ -39,7 +39,9 @@ def argument_names(fn: Callable[..., Any], args: tuple, kwargs: dict) -> list[st
 def _leaf_names(argument: str, value: Any, is_first: bool, taken: set[str]) -> list[str]:
     names = []
     for keys, _ in pytree.tree_flatten_with_path(value)[0]:
-        parts = [path_of(keys)] if is_first and keys else [argument, *([path_of(keys)] if keys else [])]
+        parts = (
+            [path_of(keys)] if is_first and keys else [argument, *([path_of(keys)] if keys else [])]
+        )
         names.append(unique(".".join(parts), taken))
         taken.add(names[-1])
     return names

@@ -20,7 +20,7 @@ from torch import Tensor
 from funcmodels import ops
 from funcmodels.ops import primitive
 
-Call = tuple[Callable[..., Any], tuple, dict]
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict]
 
 _BINARY = {
     "__add__": torch.add,
@@ -102,7 +102,7 @@ def is_identity(func: Any, args: tuple, kwargs: dict) -> bool:
     return name in _IDENTITY or "dropout" in name  # one that drops was refused before
 
 
-def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
+def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     """The one spelling of a call that a TorchFunctionMode sees."""
     name = _name(func)
     args, kwargs = _in_place_of_names(func, name, args, _said(func, kwargs))
@@ -122,7 +122,8 @@ def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
         shape = args[1] if len(args) > 1 else next(iter(kwargs.values()))
         if isinstance(shape, torch.dtype):
             return func, args, kwargs
-        return torch.reshape, (args[0], tuple(shape)), {}
+        x, *_ = args
+        return torch.reshape, (x, tuple(shape)), {}
     if name in ("view_as", "reshape_as"):
         return torch.reshape, (args[0], tuple(args[1].shape)), {}
     if name in ("expand", "expand_as", "broadcast_to"):
@@ -130,7 +131,11 @@ def normalize(func: Any, args: tuple, kwargs: dict) -> Call:
         return Tensor.expand, (args[0], tuple(sizes)), {}
     if name in ("T", "mT", "t"):
         dims = args[0].ndim
-        return (torch.transpose, (args[0], dims - 2, dims - 1), {}) if dims > 1 else (torch.reshape, (args[0], tuple(args[0].shape)), {})
+        return (
+            (torch.transpose, (args[0], dims - 2, dims - 1), {})
+            if dims > 1
+            else (torch.reshape, (args[0], tuple(args[0].shape)), {})
+        )
     if name in _CASTS:
         return Tensor.to, (args[0], _CASTS[name]), {}
     if name in ("to", "type", "type_as"):
@@ -156,7 +161,7 @@ _ARGUMENTS = {"linear": ("input", "weight", "bias"), "cat": ("tensors",), "stack
 
 
 def _in_place_of_names(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Tensors by position, whichever way they were given: `matmul(x, other=y)` as `matmul(x, y)`."""
+    """Tensors by position, however they were given: `matmul(x, other=y)` as `matmul(x, y)`."""
     if func in primitive.ALL.values():
         bound = _signature(func).bind(*args, **kwargs)
         return bound.args, bound.kwargs
@@ -212,18 +217,20 @@ def _packed(args: tuple) -> tuple:
     return args
 
 
-def _softmax(args: tuple, kwargs: dict) -> Call:
+def _softmax(args: tuple[Any, ...], kwargs: dict) -> Call:
     """F.softmax(x, dim, _stacklevel, dtype) as torch.softmax(x, dim, dtype)."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     dtype = kwargs.get("dtype", args[3] if len(args) > 3 else None)
-    return torch.softmax, (args[0], dim), {} if dtype is None else {"dtype": dtype}
+    x, *_ = args
+    return torch.softmax, (x, dim), {} if dtype is None else {"dtype": dtype}
 
 
-def _cast(func: Any, args: tuple, kwargs: dict) -> Call:
+def _cast(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     """Casts to a dtype; what else `.to` could mean is left as it is."""
     other = kwargs.get("dtype", kwargs.get("other", args[1] if len(args) > 1 else None))
     if isinstance(other, Tensor):
         other = other.dtype
     if isinstance(other, torch.dtype):
-        return Tensor.to, (args[0], other), {}
+        x, *_ = args
+        return Tensor.to, (x, other), {}
     return func, args, kwargs

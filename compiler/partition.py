@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate, map_arg
 
 from compiler import collectives
 from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
@@ -29,7 +30,7 @@ from funcmodels.spec import Model
 
 @dataclass(frozen=True)
 class Need:
-    """A demand on the number of ranks: it divides `units`, or, unless exact, is a multiple of it."""
+    """A demand on the number of ranks: it divides `units`, or, unless exact, is a multiple."""
 
     axis: str
     units: int
@@ -123,7 +124,7 @@ class _Partitioner:
                 f"no sharding rule for {name} over a sharded dim",
                 node=f"{node.format_node()}",
                 from_=node.meta["where"],
-                fix='shard its axis differently, or allow gathering: strict=False',
+                fix="shard its axis differently, or allow gathering: strict=False",
             )
         self.gathered.append(Gathered(block.name, node.name, name, node.meta["where"]))
 
@@ -151,7 +152,7 @@ class _BlockPartitioner:
 
     def _result_placement(self, node: fx.Node) -> Placement:
         at = self.at[node]
-        return REPLICATE if isinstance(at, Partial) or self.root and self.axis != TOKENS else at
+        return REPLICATE if isinstance(at, Partial) or (self.root and self.axis != TOKENS) else at
 
     # One method for each kind of node
 
@@ -166,7 +167,11 @@ class _BlockPartitioner:
             if mesh_axis == self.axis:
                 at = Shard(dim, param.shape[dim], param.axes[dim])
                 self.whole.need(
-                    param.axes[dim], param.shape[dim], False, f"{node.target} is sharded", param.where
+                    param.axes[dim],
+                    param.shape[dim],
+                    False,
+                    f"{node.target} is sharded",
+                    param.where,
                 )
         self._put(node, self.graph.create_node("get_attr", node.target, name=node.name), at)
 
@@ -203,7 +208,7 @@ class _BlockPartitioner:
         def operand(old: fx.Node) -> fx.Node:
             if not isinstance(old.meta["type"], TensorType):
                 return self.env[old]
-            to = decision.inputs.get(old, self.at[old])
+            to: Any = decision.inputs.get(old, self.at[old])
             new = self._as(old, to, node)
             floating = tensor_type(old).dtype.is_floating_point
             if cut and isinstance(to, Replicate) and floating:
@@ -216,8 +221,8 @@ class _BlockPartitioner:
         return self.graph.create_node(
             "call_function",
             target,
-            fx.node.map_arg(args, operand),
-            fx.node.map_arg(kwargs, operand),
+            map_arg(args, operand),
+            map_arg(kwargs, operand),
             name=node.name,
         )
 
@@ -241,7 +246,10 @@ class _BlockPartitioner:
             new, at = self._collective(new, collectives.all_reduce, (), REPLICATE, user), REPLICATE
         if isinstance(at, Shard):
             args = (at.dim, at.units)
-            new, at = self._collective(new, collectives.all_gather, args, REPLICATE, user), REPLICATE
+            new, at = (
+                self._collective(new, collectives.all_gather, args, REPLICATE, user),
+                REPLICATE,
+            )
         if isinstance(to, Shard):
             where = user.meta.get("where", old.meta["where"])
             self.whole.need(to.axis, to.units, False, f"{old.name} is cut into blocks", where)
@@ -329,12 +337,12 @@ _TAKE_SIZES = (torch.reshape, Tensor.expand, torch.zeros, torch.ones, torch.full
 def _reads_count(node: fx.Node) -> bool:
     """Whether the number of tokens is among a node's arguments."""
     found = []
-    fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.append(isinstance(a, Sym)))
+    map_aggregate((node.args, node.kwargs), lambda a: found.append(isinstance(a, Sym)))
     return any(found)
 
 
 def _mixes(node: fx.Node) -> LoweringError:
-    shown = node.args[0] if node.target is collectives.all_reduce else node
+    shown: Any = node.args[0] if node.target is collectives.all_reduce else node
     while shown.target in collectives.ALL and shown.users:
         shown = next(iter(shown.users))
     if shown.op != "call_function":
@@ -350,4 +358,3 @@ def _mixing(operation: str, where: SourceLine) -> LoweringError:
         from_=where,
         fix="use ops.attention, and `positions` for what depends on the place in the sequence",
     )
-

@@ -1,4 +1,4 @@
-"""Where a value is, along one mesh axis: whole on every rank, cut into blocks, or a sum to be made."""
+"""Where a value is along a mesh axis: whole on every rank, cut into blocks, or a sum to be."""
 
 from __future__ import annotations
 

@@ -23,7 +23,14 @@ _READS_VALUE = {
     "nonzero", "unique", "masked_select", "equal", "allclose", "is_nonzero",
 }  # fmt: skip
 # Memory as it happens to be: the result depends on what ran before.
-_UNINITIALISED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+_UNINITIALISED = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "empty_permuted",
+    "new_empty",
+    "new_empty_strided",
+}
 _IN_PLACE_DUNDER = {
     "__setitem__", "__set__", "__delitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__",
     "__irshift__", "__ipow__", "__imod__", "__ifloordiv__", "__imatmul__", "__iadd__", "__isub__",
@@ -219,9 +226,9 @@ def wrong_result(forward: Callable[..., Any], logits: Any, tokens: Tensor) -> No
     """Refuse a forward that does not return one tensor of shape (*tokens, vocab)."""
     shape = tuple(map(str, logits.shape)) if isinstance(logits, Tensor) else None
     leading = tuple(map(str, tokens.shape))
-    if shape is not None and shape[:-1] == leading and len(shape) == len(leading) + 1:
-        if logits.dtype.is_floating_point:
-            return
+    fits = shape is not None and shape[:-1] == leading and len(shape) == len(leading) + 1
+    if fits and logits.dtype.is_floating_point:
+        return
     got = type(logits).__name__
     if isinstance(logits, Tensor):
         sizes = ", ".join("num_tokens" if n in leading else n for n in shape or ())
@@ -233,5 +240,3 @@ def wrong_result(forward: Callable[..., Any], logits: Any, tokens: Tensor) -> No
         from_=_defined(forward),
         fix="return ops.unembed(x, params['head']), with x of shape (*batch, seq, hidden)",
     )
-
-

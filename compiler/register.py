@@ -40,7 +40,7 @@ def register(
 
     Args:
         model_or_factory: a model; or `factory(hf_config, parallel) -> Model`, called in every
-            worker of the live engine (see `fm.ParallelContext`), a function of an importable module.
+            worker of the live engine (see `fm.ParallelContext`), from an importable module.
         name: the architecture's name in config.json; a model's own by default.
         persist: also for processes that this one does not start, as a `vllm serve` on the command
             line: kept in the user's cache folder.
@@ -79,8 +79,8 @@ def _factory_entry(factory: Callable[..., Model]) -> Entry:
     Raises:
         RegisterError: they cannot.
     """
-    module, function = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "")
-    found = getattr(sys.modules.get(module or ""), function, None)
+    module, function = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
+    found = getattr(sys.modules.get(module), function, None)
     if found is not factory or module == "__main__":
         raise RegisterError(
             f"other processes cannot import the factory {function or factory!r}",

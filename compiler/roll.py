@@ -67,7 +67,8 @@ def _runs(block: Block, placed: Placed) -> dict[str, list[fx.Node]]:
 def _parts(call: fx.Node) -> list[fx.Node]:
     """The nodes that take a call's results apart, by index; none where it has one result."""
     return sorted(
-        (u for u in call.users if is_call(u, operator.getitem)), key=lambda n: n.args[1]  # type: ignore[arg-type,return-value]
+        (u for u in call.users if is_call(u, operator.getitem)),
+        key=lambda n: n.args[1],  # type: ignore[arg-type,return-value]
     )
 
 

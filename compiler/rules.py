@@ -192,6 +192,7 @@ RULES[torch.add] = RULES[torch.sub] = add
 @rule(torch.einsum)
 def einsum(view: View) -> Decision | None:
     """One letter is cut: it stays so in the output, or makes it a pending sum."""
+    operands: Any
     equation, *operands = view.node.args
     if isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
@@ -207,7 +208,9 @@ def letters_of(equation: str, ranks: list[int]) -> list[list[str]] | None:
     if not arrow:
         return None
     terms = left.split(",")
-    most = max((n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True)), default=0)
+    most = max(
+        (n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True)), default=0
+    )
 
     def expand(term: str, count: int) -> list[str]:
         before, dots, after = term.partition("...")
@@ -325,7 +328,7 @@ def reshape(view: View) -> Decision | None:
 
 
 def _kept(view: View, shape: tuple, shard: Shard | None = None) -> tuple:
-    """The sizes of the local result: -1 where the node has one, the rank's share where it is cut."""
+    """The sizes of the local result: -1 where the node has one, a rank's share where it is cut."""
     given = view.arg(1, "shape") if view.node.target is torch.reshape else None
     sizes = list(given) if isinstance(given, (tuple, list)) else _one_inferred(shape)
     if shard is not None and sizes[shard.dim] != -1 and not isinstance(sizes[shard.dim], Sym):
@@ -401,9 +404,7 @@ def permute(view: View) -> Decision | None:
 def movedim(view: View) -> Decision | None:
     rank = len(view.type(view.node).shape)
     source, to = view.arg(1, "source"), view.arg(2, "destination")
-    pairs = zip(
-        *(([d] if isinstance(d, int) else list(d)) for d in (source, to)), strict=True
-    )
+    pairs = zip(*(([d] if isinstance(d, int) else list(d)) for d in (source, to)), strict=True)
     moved = sorted((dim_of(t, rank), dim_of(s, rank)) for s, t in pairs)
     order = [d for d in range(rank) if d not in {s for _, s in moved}]
     for to_dim, from_dim in moved:
@@ -577,8 +578,13 @@ def _reduced(view: View, x: fx.Node) -> Decision | None:
     return Decision({x: at}, (out,) * len(types) if isinstance(types, tuple) else out)
 
 
-@rule(torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.cumprod, torch.flip,
-      torch.roll, torch.sort, torch.argsort, torch.topk, torch.gather, torch.take_along_dim)  # fmt: skip
+_ALONG_DIM = (
+    torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.cumprod, torch.flip,
+    torch.roll, torch.sort, torch.argsort, torch.topk, torch.gather, torch.take_along_dim,
+)  # fmt: skip
+
+
+@rule(*_ALONG_DIM)
 def along_dim(view: View) -> Decision | None:
     """The dims that are left whole keep their places; the cut one must be among them."""
     x, *rest = view.tensors
@@ -720,7 +726,7 @@ def attention(view: View) -> Decision | None:
     out = Shard(heads_dim, heads, axis_q)
     kv = Shard(heads_dim, kv_heads, axis_k)
     inputs: dict[fx.Node, Placement] = {q: out, k: kv, v: kv, **dict.fromkeys(rest, REPLICATE)}
-    kwargs = dict(view.node.kwargs)
+    kwargs: dict[str, Any] = dict(view.node.kwargs)
     sinks, slopes = kwargs.get("sinks"), kwargs.get("alibi_slopes")
     for per_head in (sinks, slopes):
         if isinstance(per_head, fx.Node):

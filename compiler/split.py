@@ -47,7 +47,7 @@ def split_at_unembedding(program: Program) -> Split:
         for used in node.all_input_nodes:
             if used in before and used is not hidden and not is_param(used):
                 raise LoweringError(
-                    f"{target_name(node.target)} after the unembedding reads a value from before it",
+                    f"{target_name(node.target)} after the unembedding reads a value from before",
                     got=f"the logits depend on {hidden.name} and on {used.name}",
                     need="logits that are a function of the last hidden states alone",
                     from_=node.meta["where"],
@@ -62,9 +62,9 @@ def _last_product(result: fx.Node) -> fx.Node:
     """The product with a parameter that is nearest to the result."""
     order = {n: i for i, n in enumerate(result.graph.nodes)}
     for node in sorted(_ancestors(result) | {result}, key=order.__getitem__, reverse=True):
-        if node.op == "call_function" and node.target in _HEADS:
-            if any(is_param(n) for n in node.all_input_nodes):
-                return node
+        applied = node.op == "call_function" and node.target in _HEADS
+        if applied and any(is_param(n) for n in node.all_input_nodes):
+            return node
     raise LoweringError(
         "forward has no unembedding",
         got="no product of hidden states and a parameter leads to the result",

@@ -71,6 +71,9 @@ def snapshot(value: Any, depth: int = _DEPTH) -> Any:
 def _is_mutable(value: Any) -> bool:
     """Whether a value is an object that is compared by identity, but may change what it holds."""
     kind = type(value)
-    return kind.__hash__ is object.__hash__ and hasattr(value, "__dict__") and not isinstance(
-        value, _BY_IDENTITY
-    ) and not inspect.isroutine(value)
+    return (
+        kind.__hash__ is object.__hash__
+        and hasattr(value, "__dict__")
+        and not isinstance(value, _BY_IDENTITY)
+        and not inspect.isroutine(value)
+    )

@@ -1,4 +1,4 @@
-"""`compile_to_torch`: a model as an ordinary trainable `nn.Module`, whole or one rank's part of it."""
+"""`compile_to_torch`: a model as an ordinary `nn.Module`, whole or one rank's part of it."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -76,9 +77,7 @@ def _outline(program: Program, dtype: torch.dtype) -> list[str]:
     same = {str(MODEL_DTYPE), str(dtype)}
 
     def line(node: fx.Node) -> str:
-        args = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda a: "model" if str(a) in same else a
-        )
+        args = map_aggregate((node.args, node.kwargs), lambda a: "model" if str(a) in same else a)
         return f"{node.op} {target_name(node.target)} {args}"
 
     return [line(node) for block in program.all() for node in block.graph.nodes]
@@ -268,7 +267,7 @@ class _Tracer(TorchFunctionMode):
         def one(leaf: Any) -> Any:
             return self._node_of(leaf, user) if isinstance(leaf, Tensor) else self._size(leaf)
 
-        return fx.node.map_aggregate(args, one)
+        return map_aggregate(args, one)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

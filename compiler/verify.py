@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -53,8 +55,9 @@ def _check_node(program: Program, block: Block, node: fx.Node) -> None:
         _check_call(program, block, node, fail)
 
 
-def _check_call(program: Program, block: Block, node: fx.Node, fail: object) -> None:
-    assert callable(fail)
+def _check_call(
+    program: Program, block: Block, node: fx.Node, fail: Callable[[str], VerifyError]
+) -> None:
     callee = program.blocks.get(str(node.target))
     if callee is None:
         raise fail(f"calls {node.target}, which is no block")

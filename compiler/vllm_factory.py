@@ -23,7 +23,7 @@ class FactoryModel(nn.Module, SupportsLoRA, SupportsPP):
     """What vLLM inspects before there is a model; building it gives the emitted class's object."""
 
     factory: ClassVar[Callable[[Any, ParallelContext], Model]]
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}  # pyright: ignore
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         _check_latest(cls, vllm_config.model_config.architecture)
@@ -43,7 +43,7 @@ class FactoryModel(nn.Module, SupportsLoRA, SupportsPP):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,

@@ -180,9 +180,7 @@ def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
         )
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
     """Root-mean-square norm with a weight that is computed, not a parameter."""
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""Plain torch operations as source text: infix where Python has it, methods where people use them."""
+"""Plain torch operations as source text: infix where Python has it, methods where usual."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ def _rms_norm(scope: Scope, node: fx.Node) -> str:
 def _layer_norm(scope: Scope, node: fx.Node) -> str:
     scope.module.use("F")
     args = [scope.value(a) for a in node.args]
-    return f"F.layer_norm({args[0]}, {args[0]}.shape[-1:], {', '.join(args[1:])}, eps={node.kwargs['eps']})"
+    settings = [*args[1:], f"eps={node.kwargs['eps']}"]
+    return f"F.layer_norm({args[0]}, {args[0]}.shape[-1:], {', '.join(settings)})"
 
 
 @special(collectives.all_reduce)

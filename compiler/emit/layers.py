@@ -67,20 +67,17 @@ _LINEARS = {
 @builds(layers.linear)
 def _linear(scope: Scope, node: fx.Node, attr: str) -> Layer:
     x, weights, biases = node.args
-    kind = node.kwargs["kind"]
-    name = scope.module.use(_LINEARS[kind])  # type: ignore[index]
+    kind: Any = node.kwargs["kind"]
+    matrices: Any = node.kwargs["matrices"]
+    name = scope.module.use(_LINEARS[kind])
     params = [scope.block.params[str(w.target)] for w in weights]  # type: ignore[union-attr]
-    matrices = node.kwargs["matrices"]
-    outs = [_features(scope, p, m.out_dims) for p, m in zip(params, matrices, strict=True)]  # type: ignore[arg-type,union-attr]
-    ins = _features(scope, params[0], matrices[0].in_dims)  # type: ignore[index,union-attr]
+    seen = list(zip(params, matrices, strict=True))
+    outs = [_features(scope, p, m.out_dims) for p, m in seen]
+    ins = _features(scope, params[0], matrices[0].in_dims)
     settings: dict[str, str | None]
     if kind == "qkv":
-        heads, kv_heads = (
-            _units(scope, p, m) for p, m in list(zip(params, matrices, strict=True))[:2]
-        )  # type: ignore[arg-type]
-        widths = [
-            _features(scope, p, m.out_dims[1:]) for p, m in zip(params, matrices, strict=True)
-        ]  # type: ignore[arg-type,union-attr]
+        heads, kv_heads = (_units(scope, p, m) for p, m in seen[:2])
+        widths = [_features(scope, p, m.out_dims[1:]) for p, m in seen]
         settings = {
             "hidden_size": ins,
             "head_size": widths[0],
@@ -143,7 +140,7 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
 def _layer_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     param = scope.block.params[str(node.args[1].target)]  # type: ignore[union-attr]
     scope.module.use("nn")
-    bias = (len(node.args) > 2 and node.args[2] is not None) or node.kwargs.get("bias") is not None
+    bias = len(node.all_input_nodes) > 2
     size = scope.module.size(param.axes[-1], param.shape[-1])
     args = [size, f"eps={node.kwargs['eps']}", *([] if bias else ["bias=False"])]
     return Layer("nn.LayerNorm", args, f"{{}}({scope.value(node.args[0])})")
@@ -245,7 +242,7 @@ def _slopes(scope: Scope, slopes: Any) -> str | None:
         "alibi_slopes must be numbers when a model is served",
         got="a tensor",
         need="a tuple of floats, one a head",
-        fix="compute the slopes in Python: tuple(2 ** (-8 * (i + 1) / heads) for i in range(heads))",
+        fix="compute them in Python: tuple(2 ** (-8 * (i + 1) / heads) for i in range(heads))",
     )
 
 

@@ -117,9 +117,9 @@ class _Writer:
     def docstring(self) -> list[str]:
         function = inspect.unwrap(getattr(self.model.forward, "func", self.model.forward))
         file = inspect.getsourcefile(function) or "?"
+        written = f"written by funcmodels {__version__} from {file.rsplit('/', 1)[-1]}"
         return [
-            f'"""{self.model.name} for vLLM: written by funcmodels {__version__} '
-            f"from {file.rsplit('/', 1)[-1]}, do not edit.",
+            f'"""{self.model.name} for vLLM: {written}, do not edit.',
             "",
             f"{self.model.num_parameters:,} parameters. Needs torch and vLLM, and not funcmodels.",
             '"""',
@@ -174,7 +174,7 @@ class _Writer:
         for name in ("torch", "nn", "VllmConfig", "support_torch_compile", "IntermediateTensors"):
             m.use(name)
         forward = self.body_forward()
-        lines = [
+        return [
             "@support_torch_compile(",
             "    dynamic_arg_dims={",
             *(f'        "{n}": {{0: "num_tokens"}},' for n in _DYNAMIC),
@@ -197,7 +197,6 @@ class _Writer:
             "    ) -> torch.Tensor | IntermediateTensors:",
             *forward,
         ]
-        return lines
 
     @property
     def staged(self) -> bool:
@@ -205,7 +204,7 @@ class _Writer:
         loop = self.root.loop
         if loop is None:
             return False
-        tokens, positions = self.split.body.inputs
+        _, positions = self.split.body.inputs
         before = set(self.root.before) - {positions}
         results = set(loop.results)
         constants = [a for a in loop.pattern if isinstance(a, fx.Node)]
@@ -444,7 +443,7 @@ class _Writer:
             "        intermediate_tensors: IntermediateTensors | None = None,",
             "        inputs_embeds: torch.Tensor | None = None,",
             "    ) -> torch.Tensor | IntermediateTensors:",
-            f"        return self.{inner}(input_ids, positions, intermediate_tensors, inputs_embeds)",
+            *call(f"return self.{inner}", ["input_ids", "positions", *_DYNAMIC[2:]], 8),
             "",
             "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:",
             *logits,
@@ -455,7 +454,8 @@ class _Writer:
     def check_ranks(self) -> list[str]:
         """What the model's axes ask of the number of ranks."""
         rows = {
-            need.axis: f"{quoted(need.axis)}: ({self.module.size(need.axis, need.units)}, {need.exact})"
+            need.axis: f"{quoted(need.axis)}: "
+            f"({self.module.size(need.axis, need.units)}, {need.exact})"
             for need in sorted(served_needs(self.program), key=lambda need: need.exact)
         }
         if not rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -17,11 +19,11 @@ def cancel_reshapes(block: Block) -> Block:
         z = x
     """
     for node in calls_of(block, torch.reshape):
-        x = node.args[0]
+        x: Any = node.args[0]
         while is_call(x, torch.reshape) and -1 in _shape(node):
-            x = x.args[0]  # type: ignore[union-attr]
+            x = x.args[0]
         if _same(x, node):
-            replace_with(block, node, x)  # type: ignore[arg-type]
+            replace_with(block, node, x)
         elif x is not node.args[0]:
             new = insert(block, node, torch.reshape, (x, _shape(node)))
             replace_with(block, node, new)
@@ -29,7 +31,8 @@ def cancel_reshapes(block: Block) -> Block:
 
 
 def _shape(node: fx.Node) -> tuple:
-    return tuple(node.args[1])
+    shape: Any = node.args[1]
+    return tuple(shape)
 
 
 def _same(x: fx.Node, node: fx.Node) -> bool:

@@ -73,7 +73,12 @@ def _flatten_attention(block: Block, node: fx.Node) -> None:
     _, heads, head_dim = tensor_type(q).shape  # type: ignore[arg-type]
     _, kv_heads, v_head_dim = tensor_type(v).shape  # type: ignore[arg-type]
     flat = tuple(_flat(block, node, n) for n in (q, k, v))  # type: ignore[arg-type]
-    settings = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
+    settings = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim,
+    }
     dtype, (tokens, _, _) = tensor_type(node).dtype, tensor_type(node).shape
     at = node.meta["placement"]
     new = insert(

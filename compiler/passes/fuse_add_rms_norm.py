@@ -11,7 +11,16 @@ from torch import fx
 
 from compiler import layers
 from compiler.ir import Block, Program, TensorType, tensor_type
-from compiler.rewrite import calls_of, copy_block, dce, insert, is_call, is_param, only_user, replace_with
+from compiler.rewrite import (
+    calls_of,
+    copy_block,
+    dce,
+    insert,
+    is_call,
+    is_param,
+    only_user,
+    replace_with,
+)
 from funcmodels import ops
 
 # Results of these share memory with their operand, which the fused layer would overwrite.
@@ -206,8 +215,19 @@ def _fuse(block: Block, norm: fx.Node) -> None:
         like=norm,
         name="add_norm",
     )
-    normed = insert(block, total, operator.getitem, (both, 0), type=kind, placement=at, like=norm, name=norm.name)
-    added = insert(block, total, operator.getitem, (both, 1), type=kind, placement=at, name="residual")
+    normed = insert(
+        block,
+        total,
+        operator.getitem,
+        (both, 0),
+        type=kind,
+        placement=at,
+        like=norm,
+        name=norm.name,
+    )
+    added = insert(
+        block, total, operator.getitem, (both, 1), type=kind, placement=at, name="residual"
+    )
     replace_with(block, norm, normed)
     replace_with(block, total, added)
 

@@ -32,7 +32,7 @@ def _mergeable(gate: fx.Node, up: fx.Node, node: fx.Node) -> bool:
         and gate.args[0] is up.args[0]
         and tensor_type(gate) == tensor_type(up)
         and bool(gate.args[2]) == bool(up.args[2])
-        and gate.kwargs["matrices"] == up.kwargs["matrices"]
+        and bool(gate.kwargs["matrices"] == up.kwargs["matrices"])
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -48,14 +49,21 @@ def _projection(value: object) -> fx.Node | None:
 def _mergeable(found: list[fx.Node]) -> bool:
     """Whether the three are column-parallel linears of one input that the engine's layer covers."""
     q, k, v = found
+    weights: list[Any] = [n.args[1] for n in found]
+    matrices: list[Any] = [n.kwargs["matrices"] for n in found]
     if len({q, k, v}) < 3 or any(n.kwargs["kind"] != "column" for n in found):
         return False
     if any(n.args[0] is not q.args[0] for n in found) or len({bool(n.args[2]) for n in found}) > 1:
         return False
     units = [n.meta["placement"].units for n in found]
     widths = [_width(n) for n in found]
-    return units[1] == units[2] and widths[0] == widths[1] and all(
-        n.kwargs["matrices"][0].out_dims[0] == n.args[1][0].meta["placement"].dim for n in found  # type: ignore[index,union-attr]
+    return (
+        units[1] == units[2]
+        and widths[0] == widths[1]
+        and all(
+            matrix.out_dims[0] == weight.meta["placement"].dim
+            for (matrix,), (weight,) in zip(matrices, weights, strict=True)
+        )
     )
 
 
@@ -90,7 +98,9 @@ def _merge(block: Block, found: list[fx.Node]) -> None:
         name="qkv",
     )
     at = [n.meta["placement"] for n in found]
-    sizes = tuple(LocalSize(a.units, _width(n), a.axis, "tp") for a, n in zip(at, found, strict=True))
+    sizes = tuple(
+        LocalSize(a.units, _width(n), a.axis, "tp") for a, n in zip(at, found, strict=True)
+    )
     placements = tuple(Shard(1, a.units, a.axis) for a in at)
     parts = insert(
         block,

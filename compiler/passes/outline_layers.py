@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from compiler.ir import Block, Program, binding
 from compiler.names import unique
@@ -57,7 +59,7 @@ def _runs(root: Block) -> list[list[list[fx.Node]]]:
         if len(starts) < 2 or indices != list(range(len(indices))):
             continue
         width = starts[1] - starts[0]
-        if any(b - a != width for a, b in zip(starts, starts[1:], strict=False)):
+        if any(b - a != width for a, b in itertools.pairwise(starts)):
             continue
         segments = [nodes[s : s + width] for s in starts]
         places = [{_place(n) for n in s} - {None} for s in segments]
@@ -85,7 +87,7 @@ def _split(name: str) -> Place | None:
 
 @dataclass
 class _Shape:
-    """A stretch of nodes as a function: what it takes, what it gives, and a key equal for equals."""
+    """A stretch of nodes as a function: what it takes and gives, and a key equal for equals."""
 
     nodes: list[fx.Node]
     inputs: list[fx.Node]
@@ -112,7 +114,7 @@ def _shape(nodes: list[fx.Node]) -> _Shape:
 
     key: list[Any] = []
     for node in nodes:
-        args = str(fx.node.map_aggregate((node.args, node.kwargs), lambda a: a))
+        args = str(map_aggregate((node.args, node.kwargs), lambda a: a))
         refs = tuple(ref(n) for n in node.all_input_nodes)
         bound = tuple((k, local(v)) for k, v in node.meta.get("binding", {}).items())
         target = local(str(node.target)) if node.op == "get_attr" else node.target

@@ -1,0 +1,120 @@
+"""How long a model takes from function to source: by depth, and beside transformers' set-up.
+
+    python -m benchmarks.compile [--quick] [--json FILE]
+
+Llama-3.1-405B's configuration, of which no weight is allocated. Each figure is the median over
+processes that do nothing else: "first" is the first compilation of a process, imports excluded;
+"again" is one after it. The peer of the depth rows is 1.2 times a model of 2 layers, so that a ratio
+above 1 says that 124 layers more cost less than a fifth.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.table import Row, report, spread
+
+LAYERS = 126
+LIMIT = 5.0  # seconds
+HF: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="fewer processes, with more noise")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write rows here")] = None,
+) -> None:
+    """Measure, print a table, and write the rows where --json says."""
+    sides = [("ours", 2), ("ours", LAYERS), ("transformers", LAYERS)]
+    found: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in sides}
+    turns = 3 if quick else 9
+    for _ in track(range(turns), "compiling", console=Console(stderr=True)):
+        for side in sides:
+            found[side].append(_measure(*side))
+
+    def seconds(side: str, layers: int, what: str) -> list[float]:
+        return [turn[what] for turn in found[side, layers]]
+
+    rows = []
+    for what in ("first", "again"):
+        deep, shallow = seconds("ours", LAYERS, what), seconds("ours", 2, what)
+        ours, peer = median(deep), 1.2 * median(shallow)
+        name = f"{LAYERS} layers, {what} ± {spread(deep):.0%}"
+        rows.append(Row(name, ours, LIMIT, "the limit", LIMIT / ours, "s"))
+        rows.append(Row(name, ours, peer, "1.2 x 2 layers", peer / ours, "s"))
+    ours = median(seconds("ours", LAYERS, "first"))
+    peer = median(seconds("transformers", LAYERS, "first"))
+    rows.append(
+        Row(f"{LAYERS} layers, first", ours, peer, "transformers, on meta", peer / ours, "s")
+    )
+    report("From function to source, Llama-3.1-405B", rows, json_file)
+
+
+def _measure(side: str, layers: int) -> dict[str, float]:
+    """Seconds of a first and of a second time, in a process of their own."""
+    command = [sys.executable, "-m", "benchmarks.compile", "--child", side, str(layers)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _child(side: str, layers: int) -> None:
+    run = {"ours": _compile, "transformers": _construct}[side](layers)
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    print(json.dumps(dict(zip(("first", "again"), times, strict=True))))
+
+
+def _compile(layers: int) -> Any:
+    from compiler.vllm_target import source_for_vllm
+    from funcmodels.models import llama
+
+    cfg = llama.Config.from_hf({**HF, "num_hidden_layers": layers})
+    return lambda: source_for_vllm(llama.model(cfg))
+
+
+def _construct(layers: int) -> Any:
+    """The nearest that others do before weights are loaded: the module tree, on meta tensors."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**HF, "num_hidden_layers": layers})
+
+    def run() -> None:
+        with torch.device("meta"):
+            LlamaForCausalLM(config)
+
+    return run
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _child(sys.argv[2], int(sys.argv[3]))
+    else:
+        typer.run(main)
