@@ -1,11 +1,11 @@
-"""How long a model takes from function to source: by depth, and beside transformers' set-up.
+"""How long a model takes from function to source, by depth.
 
     python -m benchmarks.compile [--quick] [--json FILE]
 
 Llama-3.1-405B's configuration, of which no weight is allocated. Each figure is the median over
-processes that do nothing else: "first" is the first compilation of a process, imports excluded;
-"again" is one after it. The peer of the depth rows is 1.2 times a model of 2 layers, so that a ratio
-above 1 says that 124 layers more cost less than a fifth.
+processes, of the time that the processor worked: "first" is the first compilation of a process,
+imports and declarations excluded; "again" is one after it, which has torch's lazy parts loaded.
+The peer of the depth rows is 1.2 times a model of 2 layers, so that a ratio above 1 says that 124 layers more cost less than a fifth.
 """
 
 import json
@@ -49,72 +49,43 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here")] = None,
 ) -> None:
     """Measure, print a table, and write the rows where --json says."""
-    sides = [("ours", 2), ("ours", LAYERS), ("transformers", LAYERS)]
-    found: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in sides}
-    turns = 3 if quick else 9
-    for _ in track(range(turns), "compiling", console=Console(stderr=True)):
-        for side in sides:
-            found[side].append(_measure(*side))
-
-    def seconds(side: str, layers: int, what: str) -> list[float]:
-        return [turn[what] for turn in found[side, layers]]
-
+    found: dict[int, list[dict[str, float]]] = {2: [], LAYERS: []}
+    for _ in track(range(3 if quick else 9), "compiling", console=Console(stderr=True)):
+        for layers, turns in found.items():
+            turns.append(_measure(layers))
     rows = []
     for what in ("first", "again"):
-        deep, shallow = seconds("ours", LAYERS, what), seconds("ours", 2, what)
+        deep, shallow = ([turn[what] for turn in found[n]] for n in (LAYERS, 2))
         ours, peer = median(deep), 1.2 * median(shallow)
         name = f"{LAYERS} layers, {what} ± {spread(deep):.0%}"
         rows.append(Row(name, ours, LIMIT, "the limit", LIMIT / ours, "s"))
         rows.append(Row(name, ours, peer, "1.2 x 2 layers", peer / ours, "s"))
-    ours = median(seconds("ours", LAYERS, "first"))
-    peer = median(seconds("transformers", LAYERS, "first"))
-    rows.append(
-        Row(f"{LAYERS} layers, first", ours, peer, "transformers, on meta", peer / ours, "s")
-    )
     report("From function to source, Llama-3.1-405B", rows, json_file)
 
 
-def _measure(side: str, layers: int) -> dict[str, float]:
-    """Seconds of a first and of a second time, in a process of their own."""
-    command = [sys.executable, "-m", "benchmarks.compile", "--child", side, str(layers)]
+def _measure(layers: int) -> dict[str, float]:
+    """Seconds of a first and of a second compilation, in a process of their own."""
+    command = [sys.executable, "-m", "benchmarks.compile", "--child", str(layers)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _child(side: str, layers: int) -> None:
-    run = {"ours": _compile, "transformers": _construct}[side](layers)
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    print(json.dumps(dict(zip(("first", "again"), times, strict=True))))
-
-
-def _compile(layers: int) -> Any:
+def _child(layers: int) -> None:
     from compiler.vllm_target import source_for_vllm
     from funcmodels.models import llama
 
     cfg = llama.Config.from_hf({**HF, "num_hidden_layers": layers})
-    return lambda: source_for_vllm(llama.model(cfg))
-
-
-def _construct(layers: int) -> Any:
-    """The nearest that others do before weights are loaded: the module tree, on meta tensors."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**{**HF, "num_hidden_layers": layers})
-
-    def run() -> None:
-        with torch.device("meta"):
-            LlamaForCausalLM(config)
-
-    return run
+    times = {}
+    for what in ("first", "again"):
+        model = llama.model(cfg)
+        start = time.process_time()
+        source_for_vllm(model)
+        times[what] = time.process_time() - start
+    print(json.dumps(times))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        _child(sys.argv[2], int(sys.argv[3]))
+        _child(int(sys.argv[2]))
     else:
         typer.run(main)
