@@ -122,8 +122,7 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
         shape = args[1] if len(args) > 1 else next(iter(kwargs.values()))
         if isinstance(shape, torch.dtype):
             return func, args, kwargs
-        x, *_ = args
-        return torch.reshape, (x, tuple(shape)), {}
+        return torch.reshape, (*args[:1], tuple(shape)), {}
     if name in ("view_as", "reshape_as"):
         return torch.reshape, (args[0], tuple(args[1].shape)), {}
     if name in ("expand", "expand_as", "broadcast_to"):
@@ -221,8 +220,7 @@ def _softmax(args: tuple[Any, ...], kwargs: dict) -> Call:
     """F.softmax(x, dim, _stacklevel, dtype) as torch.softmax(x, dim, dtype)."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     dtype = kwargs.get("dtype", args[3] if len(args) > 3 else None)
-    x, *_ = args
-    return torch.softmax, (x, dim), {} if dtype is None else {"dtype": dtype}
+    return torch.softmax, (*args[:1], dim), {} if dtype is None else {"dtype": dtype}
 
 
 def _cast(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
@@ -231,6 +229,5 @@ def _cast(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     if isinstance(other, Tensor):
         other = other.dtype
     if isinstance(other, torch.dtype):
-        x, *_ = args
-        return Tensor.to, (x, other), {}
+        return Tensor.to, (*args[:1], other), {}
     return func, args, kwargs
