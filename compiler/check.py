@@ -12,15 +12,19 @@ from funcmodels.errors import ShardingError
 from funcmodels.spec import Model
 
 
-def check(model: Model, *, tp: int = 1) -> None:
+def check(model: Model, *, tp: int = 1) -> list[int]:
     """Refuse a tensor-parallel size that the model's axes do not allow.
 
     Takes no GPU, no weights and no process group.
 
+    Returns:
+        The sizes that are allowed, at most eight.
     Raises:
         ShardingError: names the axis, what is needed, and the sizes that work.
     """
-    check_needs(model, served_needs(lower_to_vllm(model)), tp)
+    needs = served_needs(lower_to_vllm(model))
+    check_needs(model, needs, tp)
+    return allowed(needs)
 
 
 def check_needs(model: Model, needs: Iterable[Need], tp: int) -> None:
