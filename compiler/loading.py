@@ -10,6 +10,7 @@ from math import prod
 from compiler.emit.scope import Module
 from compiler.emit.text import literal, quoted, table
 from compiler.modules import Destination, Plan
+from funcmodels.spec import Model
 
 Stacked = dict[str, tuple[str, "str | int"]]
 Indices = tuple[int, ...]
@@ -24,6 +25,7 @@ class Loading:
         stacked: part of a name -> (part of the fused name, shard), as vLLM's mapper takes it.
         layouts: pattern of names -> (einops pattern, sizes), for tensors stored in another layout.
         ignored: patterns of names to pass over.
+        tied: names under which a tensor may be stored again -> the tensor's own name.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
     """
 
@@ -31,6 +33,7 @@ class Loading:
     stacked: Stacked = field(default_factory=dict)
     layouts: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, tuple[Indices, ...]] = field(default_factory=dict)
 
     def tensor_lines(self, module: Module) -> list[str]:
@@ -67,7 +70,11 @@ class Loading:
         )
         module.help("note_tensors")
         module.help("check_loaded")
+        tied = []
+        if self.tied:
+            tied = [f"        weights = {module.help('drop_tied')}(weights, {literal(self.tied)})"]
         loader = [
+            *tied,
             "        weights = note_tensors(weights, self.awaited)",
             "        loader = AutoWeightsLoader(self)",
             "        loaded = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)",
@@ -101,7 +108,7 @@ class Loading:
         ]
 
 
-def loading_of(plan: Plan, ignored: tuple[str, ...] = ()) -> Loading:
+def loading_of(plan: Plan, model: Model) -> Loading:
     """The smallest mapping that takes every tensor to its place, checked on every one of them."""
     loading = Loading()
     loading.stacked = _stacked(plan)
@@ -112,7 +119,8 @@ def loading_of(plan: Plan, ignored: tuple[str, ...] = ()) -> Loading:
             loading.regex[pattern] = new
         if to.layout is not None:
             loading.layouts.setdefault(_template(name, name)[0], (to.layout, _needed(to)))
-    loading.ignored = tuple(_glob(p) for p in ignored)
+    loading.ignored = tuple(_glob(p) for p in model.hf_ignored)
+    loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
     loading.tensors = _compact(list(plan.tensors))
     for name, to in plan.tensors.items():
         got = apply(loading, name)

@@ -90,6 +90,20 @@ def note_tensors(weights: Iterable[tuple[str, torch.Tensor]], awaited: set[str])
         yield name, weight
 
 
+def drop_tied(weights: Iterable[tuple[str, torch.Tensor]], tied: dict):
+    """The same weights without those stored a second time, which must be equal to the first."""
+    held = {}
+    for name, weight in weights:
+        own = tied.get(name, name)
+        if own in tied.values() and not torch.equal(held.setdefault(own, weight), weight):
+            raise ValueError(
+                f"{name} is not the tensor that it is tied to\n"
+                '  fix:  "tie_word_embeddings": false in config.json, and compile again'
+            )
+        if name not in tied:
+            yield name, weight
+
+
 def check_loaded(awaited: set[str]) -> None:
     """Refuse to serve a model of which a tensor is missing."""
     if awaited:

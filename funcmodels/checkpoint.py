@@ -24,6 +24,7 @@ from funcmodels.atomic import recover, replacing
 from funcmodels.checkpoint_check import check_tensors, check_weights
 from funcmodels.checkpoint_files import DTYPES, INDEX, SINGLE, stored_tensors
 from funcmodels.config_json import config_json
+from funcmodels.errors import CheckpointError
 from funcmodels.spec import Model, Param
 
 # Files of a folder that belong to the text side of a model, and go with its weights.
@@ -76,7 +77,28 @@ def load(
                 map_.fill(value, index, file.get_tensor(name))
         return value
 
-    return tree.map_with_path(read, model.params)
+    weights = tree.map_with_path(read, model.params)
+    _check_tied(model, weights, stored)
+    return weights
+
+
+def _check_tied(model: Model, weights: Any, stored: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that stores a tied parameter twice, with different values."""
+    values = dict(tree.items(weights)) if model.hf_tied else {}
+    for name, path in model.hf_tied.items():
+        if name not in stored:
+            continue
+        with safe_open(stored[name].file, framework="pt") as file:
+            again = file.get_tensor(name)
+        (kept,) = model.tensor_maps[path].from_param(values[path])
+        if not torch.equal(again.to(kept), kept):
+            raise CheckpointError(
+                f'"{name}" is not the tensor that it is tied to',
+                got=f"other values than {path}, in {stored[name].file}",
+                need="equal tensors, or a config that does not tie them",
+                from_=model.by_path[path].where,
+                fix='"tie_word_embeddings": false in config.json',
+            )
 
 
 def save(

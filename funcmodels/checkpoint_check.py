@@ -21,7 +21,7 @@ def check_tensors(model: Model, stored: Mapping[str, Stored], folder: Path) -> N
         CheckpointError: listing tensors that are missing, unused, misshaped and mistyped.
     """
     owner = {name: path for path, map_ in model.tensor_maps.items() for name in map_.names}
-    is_ignored = _matcher(model.hf_ignored)
+    is_ignored = _matcher((*model.hf_ignored, *model.hf_tied))
     missing: dict[str, str] = {}
     for name, path in owner.items():
         if name not in stored:

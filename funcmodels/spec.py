@@ -125,6 +125,8 @@ class Model:
         hf_config: what config.json is to hold beside `architectures`; None builds it from `config`.
         hf_architectures: further names for `architectures`, so that others can load the folder too.
         hf_ignored: names of checkpoint tensors to pass over, with `*` for anything.
+        hf_tied: names under which a checkpoint may store a parameter again -> its path. Where one
+            is stored, it must be equal: a checkpoint whose weights are not tied is refused.
 
     Raises:
         DeclarationError, ShardingError: at once, when a declaration cannot work.
@@ -138,6 +140,7 @@ class Model:
     hf_config: Mapping[str, Any] | None = None
     hf_architectures: tuple[str, ...] = ()
     hf_ignored: tuple[str, ...] = ()
+    hf_tied: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

@@ -234,7 +234,7 @@ def test_extra_tensors(tmp_path):
 def test_ignored_tensors(tmp_path):
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-        tensors["lm_head.weight"] = torch.ones(97, 32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     model, folder = edited(tmp_path, add, tie_word_embeddings=True)
     assert same(fm.load(model, folder), weights_of(model))
@@ -519,3 +519,18 @@ def test_loading_needs_the_weights_and_one_tensor(tmp_path):
     held, peak = map(float, done.stdout.split())
     assert held == 12 * 8 + 8
     assert held - 4 < peak < held + 8 + 4  # a tensor is 8 MiB; 4 for pages of code first used
+
+
+def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    fm.save(model, fm.init(model, seed=0), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    fm.load(model, tmp_path / "out")
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r'"lm_head\.weight" is not the tensor') as error:
+        fm.load(model, tmp_path / "out")
+    assert '"tie_word_embeddings": false' in str(error.value.lines["fix"])

@@ -39,7 +39,7 @@ def emit_model(program: Partitioned) -> str:
     """The source of a lowered program's vLLM class, as a file that stands alone."""
     split = split_at_unembedding(program)
     plan = plan_modules(program, split)
-    return _Writer(program, split, plan, loading_of(plan, program.model.hf_ignored)).file()
+    return _Writer(program, split, plan, loading_of(plan, program.model)).file()
 
 
 @dataclass

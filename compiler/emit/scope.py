@@ -64,6 +64,7 @@ HELPERS_USE = {
     "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
     "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
     "check_ranks": ("get_tensor_model_parallel_world_size",),
+    "drop_tied": ("Iterable", "torch"),
     "note_tensors": ("Iterable", "torch"),
     "own_block": (
         "get_tensor_model_parallel_rank",

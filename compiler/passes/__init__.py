@@ -14,6 +14,7 @@ from compiler.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from compiler.passes.fuse_bias import fuse_bias
 from compiler.passes.fuse_gate_up import fuse_gate_up
 from compiler.passes.fuse_qkv import fuse_qkv
+from compiler.passes.keep_operands import keep_operands
 from compiler.passes.lower_linear import lower_linear
 from compiler.passes.lower_vocab import lower_vocab
 from compiler.passes.silu_and_mul import silu_and_mul
@@ -33,6 +34,7 @@ PIPELINE: tuple[ProgramPass, ...] = (
     on_blocks(cancel_reshapes, torch.reshape),
     on_blocks(lower_vocab, vocab_embed, ops.unembed),
     fuse_add_rms_norm,
+    keep_operands,
 )
 
 

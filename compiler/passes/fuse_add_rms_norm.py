@@ -202,7 +202,8 @@ def _fuse(block: Block, norm: fx.Node) -> None:
     for operand in (x, residual):
         if operand.target in _VIEWS or any(order(u) > order(total) for u in operand.users):
             return
-    total.prepend(weight)
+    if order(weight) > order(total):
+        total.prepend(weight)
     kind, at = tensor_type(total), total.meta["placement"]
     both = insert(
         block,

@@ -239,8 +239,6 @@ def forward(
 
 def model(cfg: Config) -> fm.Model:
     """The Llama of a config."""
-    # Old conversions store the rotary table; tied ones may store the shared matrix twice.
-    ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
     return fm.Model(
         "FmLlamaForCausalLM",
         config=cfg,
@@ -249,5 +247,6 @@ def model(cfg: Config) -> fm.Model:
         sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"},
         hf_config=cfg.to_hf(),
         hf_architectures=("LlamaForCausalLM",),
-        hf_ignored=(*ignored, "lm_head.weight") if cfg.tie_word_embeddings else ignored,
+        hf_ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),  # of old conversions
+        hf_tied={"lm_head.weight": "embed"} if cfg.tie_word_embeddings else {},
     )

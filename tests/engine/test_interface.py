@@ -174,6 +174,15 @@ def test_a_tied_head_may_be_stored_twice(tp, tmp_path):
     check(serve_model(model, tmp_path, tp=tp), expected(model, weights))
 
 
+def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+    """A config that ties what the checkpoint does not: vLLM's own class would not notice."""
+    model = tiny_llama(tie_word_embeddings=True)
+    weights = saved(model, tmp_path)
+    broken(tmp_path, tmp_path, add={"lm_head.weight": weights["embed"] + 1})
+    with pytest.raises(Exception, match="is not the tensor that it is tied to"):
+        serve_model(model, tmp_path)
+
+
 def test_old_rotary_tables_are_passed_over(plain, tmp_path):
     model, folder, want = plain
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
