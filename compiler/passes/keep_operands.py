@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from compiler import collectives, layers
-from compiler.ir import Block, Program
+from compiler.ir import Block, Program, TensorType
 from compiler.rewrite import copy_block, insert, is_call
 from compiler.rules import RULES
 
@@ -96,7 +96,9 @@ class _Block:
             for piece in self.memory[node]:
                 self.made.setdefault(piece[0], []).append(node)
         inputs = self.block.inputs
-        results = [{inputs.index(m) for m in self._makers(r) if m in inputs} for r in self.block.results]
+        results = [
+            {inputs.index(m) for m in self._makers(r) if m in inputs} for r in self.block.results
+        ]
         return _Effects({i for i, node in enumerate(inputs) if node in self.written}, results)
 
     def _makers(self, node: fx.Node) -> set[Any]:
@@ -142,8 +144,12 @@ class _Block:
         own = frozenset({(node,)})
         if node.op == "get_attr":
             return _NEVER
-        if node.op in ("placeholder", "call_module"):  # a call's results are told apart by index
+        if node.op == "placeholder":
             return own
+        if node.op == "call_module":  # several results are told apart by index
+            found = self.effects[str(node.target)].results
+            passed = found[0] if isinstance(node.meta["type"], TensorType) else ()
+            return own.union(*(self._of(node.args[i]) for i in passed))
         if is_call(node, operator.getitem):
             return self._part(node)
         if node.target is Tensor.expand:
@@ -181,5 +187,3 @@ def _optional(residual: Any) -> bool:
 
 def _overlap(a: Memory, b: Memory) -> bool:
     return any(x[: len(y)] == y[: len(x)] for x in a for y in b)
-
-

@@ -63,7 +63,8 @@ def _runs(root: Block) -> list[list[list[fx.Node]]]:
             continue
         segments = [nodes[s : s + width] for s in starts]
         places = [{_place(n) for n in s} - {None} for s in segments]
-        if all(p == {(name, i)} for i, p in enumerate(places)):
+        kinds = {tuple(n.op for n in s) for s in segments}  # else the last goes on past its layer
+        if len(kinds) == 1 and all(p == {(name, i)} for i, p in enumerate(places)):
             found.append(segments)
     return found
 
@@ -109,7 +110,11 @@ def _shape(nodes: list[fx.Node]) -> _Shape:
     def local(name: str) -> str:
         place = _split(name)
         short = name.split(".", 2)[2] if place and name.count(".") > 1 else name.replace(".", "_")
-        params[short] = name
+        if (
+            params.setdefault(short, name) != name
+        ):  # a parameter of the list's and one of the root's
+            short = name.replace(".", "_")
+            params[short] = name
         return short
 
     key: list[Any] = []
