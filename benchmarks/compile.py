@@ -5,7 +5,8 @@
 Llama-3.1-405B's configuration, of which no weight is allocated. Each figure is the median over
 processes, of the time that the processor worked: "first" is the first compilation of a process,
 imports and declarations excluded; "again" is one after it, which has torch's lazy parts loaded.
-The peer of the depth rows is 1.2 times a model of 2 layers, so that a ratio above 1 says that 124 layers more cost less than a fifth.
+The peer of the depth rows is 1.2 times a model of 2 layers: a ratio above 1 says that 124 layers
+more cost less than a fifth.
 """
 
 import json
