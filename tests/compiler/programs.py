@@ -39,10 +39,15 @@ def small(
     sharding: dict[str, str | None] | None = None,
     name: str = "Small",
 ) -> fm.Model:
-    """A model of a forward function, with `embed` and `head` beside the given parameters."""
+    """A model of a forward function, with `embed` and `head` beside the given parameters.
+
+    Of the table, what the parameters have no axis for is left out.
+    """
     P = axes()
-    ends = {"embed": P("vocab hidden"), "head": P("vocab hidden")}
-    return fm.Model(name, None, ends | (params or {}), forward, sharding=sharding or {})
+    tree = {"embed": P("vocab hidden"), "head": P("vocab hidden")} | (params or {})
+    declared = {axis for param in fm.tree.leaves(tree) for axis in param.axes}
+    table = {axis: mesh for axis, mesh in (sharding or {}).items() if axis in declared}
+    return fm.Model(name, None, tree, forward, sharding=table)
 
 
 def weights_of(model: fm.Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
