@@ -23,17 +23,21 @@ def verify(program: Program, *, since: Program | None = None) -> None:
         VerifyError: names the block, the node and the rule.
     """
     checked = set(map(id, since.all())) if since is not None else set()
+    placed = any("placement" in node.meta for node in program.root.inputs)
+    known: set[str] = set()
     for block in program.all():
-        if id(block) in checked:
-            continue
-        block.graph.lint()
-        for node in block.graph.nodes:
-            _check_node(program, block, node)
-        if not block.results:
-            raise VerifyError(f"block {block.name} returns nothing")
+        if id(block) not in checked:
+            block.graph.lint()
+            for node in block.graph.nodes:
+                _check_node(program, block, node, known, placed)
+            if not block.results:
+                raise VerifyError(f"block {block.name} returns nothing")
+        known.add(block.name)
 
 
-def _check_node(program: Program, block: Block, node: fx.Node) -> None:
+def _check_node(
+    program: Program, block: Block, node: fx.Node, known: set[str], placed: bool
+) -> None:
     def fail(rule: str) -> VerifyError:
         return VerifyError(f"{block.name}.{node.name}: {rule}", from_=node.meta.get("where"))
 
@@ -43,6 +47,8 @@ def _check_node(program: Program, block: Block, node: fx.Node) -> None:
         return
     if "type" not in node.meta or "where" not in node.meta:
         raise fail("a node has no type or no source line")
+    if placed and "placement" not in node.meta:
+        raise fail("a node of a partitioned program has no placement")
     types = node.meta["type"]
     for type_ in types if isinstance(types, (tuple, list)) else (types,):
         if not isinstance(type_, TensorType) or not isinstance(type_.dtype, torch.dtype):
@@ -53,6 +59,8 @@ def _check_node(program: Program, block: Block, node: fx.Node) -> None:
         raise fail(f"{node.target!r} is no function")
     if node.op == "call_module":
         _check_call(program, block, node, fail)
+        if str(node.target) not in known:
+            raise fail(f"{node.target} is called before it is defined")
 
 
 def _check_call(
@@ -63,6 +71,13 @@ def _check_call(
         raise fail(f"calls {node.target}, which is no block")
     if len(node.args) != len(callee.inputs):
         raise fail(f"gives {len(node.args)} arguments to {callee.name}({len(callee.inputs)})")
+    for arg, placeholder in zip(node.args, callee.inputs, strict=True):
+        want = placeholder.meta["type"]
+        if isinstance(arg, fx.Node) and arg.meta["type"] != want:
+            raise fail(f"gives {arg.meta['type']} to {placeholder.name}, which is {want}")
+    found = tuple(result.meta["type"] for result in callee.results)
+    if node.meta["type"] not in (found, found[0] if len(found) == 1 else found):
+        raise fail(f"is {node.meta['type']}, but {callee.name} returns {found}")
     bound = node.meta["binding"]
     if set(bound) != set(callee.params):
         raise fail(f"binds {sorted(bound)}, but {callee.name} has {sorted(callee.params)}")

@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 @pytest.fixture
 def golden() -> Callable[[str, str], None]:
-    """Compare a text with a file of tests/golden; `python -m tests.golden.regenerate` writes them."""
+    """Compare a text with a file below tests/golden, which tests.golden.regenerate writes."""
 
     def compare(name: str, text: str) -> None:
         file = GOLDEN / name
