@@ -112,13 +112,19 @@ def loading_of(plan: Plan, model: Model) -> Loading:
     """The smallest mapping that takes every tensor to its place, checked on every one of them."""
     loading = Loading()
     loading.stacked = _stacked(plan)
+    alike: dict[str, dict[str, tuple[str, Destination]]] = {}  # pattern -> name -> where it goes
     for name, to in plan.tensors.items():
-        unfused = _unfused(to)
-        if name != unfused:
-            pattern, new = _template(name, unfused)
-            loading.regex[pattern] = new
-        if to.layout is not None:
-            loading.layouts.setdefault(_template(name, name)[0], (to.layout, _needed(to)))
+        pattern, new = _template(name, _unfused(to))
+        alike.setdefault(pattern, {})[name] = (new, to)
+    for pattern, group in alike.items():
+        # Layers of different kinds may keep tensors of one name in different places.
+        one = len({(new, to.layout) for new, to in group.values()}) == 1
+        for name, (new, to) in group.items():
+            of = pattern if one else f"^{re.escape(name)}$"
+            if name != _unfused(to):
+                loading.regex[of] = new if one else _unfused(to)
+            if to.layout is not None:
+                loading.layouts[of] = (to.layout, _needed(to))
     loading.ignored = tuple(_glob(p) for p in model.hf_ignored)
     loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
     loading.tensors = _compact(list(plan.tensors))

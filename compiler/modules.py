@@ -185,8 +185,8 @@ class _Planner:
             if block is self.split.body:
                 places[call] = _at_index(places[call], own) or _join(anchor, own)
             elif _clashes(call, places, anchor):
-                places[call] = _join(anchor, str(call.target))
-        return {c: _below(place, anchor) or str(c.target) for c, place in places.items()}
+                places[call] = _join(anchor, _plain(call))
+        return {c: _below(place, anchor) or _plain(c) for c, place in places.items()}
 
     def home(self, paths: list[str]) -> str:
         """The deepest module that holds the tensors of some parameters."""
@@ -334,6 +334,12 @@ def _shared(sequences: Sequence[Sequence[str]]) -> list[str]:
             break
         found.append(elements[0])
     return found
+
+
+def _plain(call: fx.Node) -> str:
+    """A block's name without the number that tells its recordings apart: layers name it alike."""
+    name, _, number = str(call.target).rpartition("_")
+    return name if name and number.isdigit() else str(call.target)
 
 
 def _clashes(call: fx.Node, places: dict[fx.Node, str], anchor: str) -> bool:
