@@ -62,7 +62,7 @@ look equal. Every node remembers the line of the user that made it, and errors n
 ## 3. Partitioned
 
 `compiler/partition.py` walks the graph once. The table says how parameters are cut; one rule for
-each function says how its result then lies (`compiler/rules.py`), and where that is not what the
+each function says how its result then lies (`compiler/rules/`), and where that is not what the
 next function needs, a collective is put between. The result is one program that every rank runs,
 for any number of ranks. With two, one of them holds these shapes:
 

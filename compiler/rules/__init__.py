@@ -1,0 +1,36 @@
+"""Sharding rules: for a torch function or an op, what its inputs must be and what its output is.
+
+A rule sees the placements its operands have along one mesh axis and returns a `Decision`: the
+placements they are to have (the partitioner inserts the collectives), the output's, and the
+arguments of the local operation where they differ. It returns None where it knows no way, and the
+operands are gathered, which is always right.
+"""
+
+from __future__ import annotations
+
+# Importing the files of rules registers them.
+from compiler.rules import along_dim, elementwise, making, model_ops, parts, products, shapes
+from compiler.rules.decide import decide, is_cut
+from compiler.rules.local import LocalValues, vocab_embed
+from compiler.rules.products import letters_of
+from compiler.rules.rule import RULES, TOKENS, Decision, Exactly, View
+
+__all__ = [
+    "RULES",
+    "TOKENS",
+    "Decision",
+    "Exactly",
+    "LocalValues",
+    "View",
+    "along_dim",
+    "decide",
+    "elementwise",
+    "is_cut",
+    "letters_of",
+    "making",
+    "model_ops",
+    "parts",
+    "products",
+    "shapes",
+    "vocab_embed",
+]

@@ -1,0 +1,94 @@
+"""Reductions, and what works along a dim."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from compiler.placement import PARTIAL, REPLICATE, Shard
+from compiler.rules.elementwise import elementwise
+from compiler.rules.rule import Decision, Exactly, View, dim_of, rule
+
+
+@rule(torch.sum)
+def sum_(view: View) -> Decision | None:
+    """Over the cut dim it is a pending sum."""
+    x = view.tensors[0]
+    found = _reduced(view, x)
+    if found is not None:
+        return found
+    at = view.at(x)
+    assert isinstance(at, Shard)
+    if at.units == 1:
+        return Decision({x: REPLICATE}, REPLICATE)
+    needs = [Exactly(at.units, at.axis, "it is summed over")]
+    return Decision({x: at}, PARTIAL, needs=needs)
+
+
+# Where `dim` stands among the arguments, if not second.
+_DIM_AT = {torch.norm: 2, torch.linalg.vector_norm: 2, torch.topk: 2, torch.roll: 2}
+
+
+@rule(torch.mean, torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod,
+      torch.max, torch.min, torch.argmax, torch.argmin, torch.any, torch.all, torch.norm,
+      torch.linalg.vector_norm)  # fmt: skip
+def reduction(view: View) -> Decision | None:
+    """Along other dims than the cut one."""
+    if len(view.tensors) > 1:  # torch.max(x, y) is torch.maximum
+        return elementwise(view)
+    return _reduced(view, view.tensors[0])
+
+
+def _reduced(view: View, x: fx.Node) -> Decision | None:
+    """A reduction that leaves the cut dim, or None where it goes over it."""
+    at, rank = view.whole(x), len(view.type(x).shape)
+    count = len(types) if isinstance(types := view.node.meta["type"], tuple) else None
+    if not isinstance(at, Shard):
+        return Decision({x: at}, at if count is None else (at,) * count)
+    dims = view.arg(_DIM_AT.get(view.node.target, 1), "dim")
+    if dims is None:
+        return None
+    gone = {dim_of(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
+    if at.dim in gone:
+        return None
+    types = view.node.meta["type"]
+    first = types[0] if isinstance(types, tuple) else types
+    keep = len(first.shape) == rank
+    out = Shard(at.dim if keep else at.dim - sum(d < at.dim for d in gone), at.units, at.axis)
+    return Decision({x: at}, (out,) * len(types) if isinstance(types, tuple) else out)
+
+
+_ALONG_DIM = (
+    torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.cumprod, torch.flip,
+    torch.roll, torch.sort, torch.argsort, torch.topk, torch.gather, torch.take_along_dim,
+)  # fmt: skip
+
+
+@rule(*_ALONG_DIM)
+def along_dim(view: View) -> Decision | None:
+    """The dims that are left whole keep their places; the cut one must be among them."""
+    x, *rest = view.tensors
+    at, rank = view.whole(x), len(view.type(x).shape)
+    last = -1 if view.node.target in (torch.sort, torch.argsort, torch.topk) else None
+    i = 2 if view.node.target is torch.take_along_dim else _DIM_AT.get(view.node.target, 1)
+    dims = view.arg(i, "dim", view.node.kwargs.get("dims", last))
+    dims = [dims] if isinstance(dims, int) else dims
+    if isinstance(at, Shard):
+        if dims is None or at.dim in {dim_of(d, rank) for d in dims}:
+            return None
+        if any(view.type(n).shape[at.dim] != view.type(x).shape[at.dim] for n in rest):
+            return None  # an index may take fewer
+    types = view.node.meta["type"]
+    out = (at,) * len(types) if isinstance(types, tuple) else at
+    return Decision({x: at, **dict.fromkeys(rest, at)}, out)
+
+
+@rule(F.rms_norm, F.layer_norm)
+def functional_norm(view: View) -> Decision | None:
+    """Over the last dims, which must be whole."""
+    x, *rest = view.tensors
+    at, rank = view.whole(x), len(view.type(x).shape)
+    if isinstance(at, Shard) and at.dim >= rank - len(view.arg(1, "normalized_shape")):
+        return None
+    return Decision({x: at, **dict.fromkeys(rest, REPLICATE)}, at)

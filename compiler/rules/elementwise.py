@@ -1,0 +1,89 @@
+"""Element by element, with broadcasting."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from compiler.placement import PARTIAL, REPLICATE, Partial, Placement, Shard
+from compiler.rules.rule import RULES, Decision, Exactly, View, rule
+from funcmodels import ops
+
+_LINEAR_UNARY = (torch.neg,)
+_UNARY = (
+    F.silu, F.gelu, F.softplus, F.leaky_relu, F.elu, F.mish, F.logsigmoid, F.hardtanh, F.relu6,
+    torch.abs, torch.exp, torch.log, torch.log1p, torch.expm1, torch.sqrt, torch.rsqrt,
+    torch.sigmoid, torch.tanh, torch.relu, torch.sin, torch.cos, torch.reciprocal, torch.square,
+    torch.erf, torch.sign, torch.floor, torch.ceil, torch.round, torch.logical_not, torch.clamp,
+    torch.isnan, torch.isinf, torch.isfinite, torch.nan_to_num, Tensor.to, torch.detach,
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.bitwise_not, torch.clamp_min,
+    torch.clamp_max, torch.exp2, torch.log2, torch.log10, torch.tan, torch.atan, torch.sinh,
+    torch.cosh, torch.erfc, torch.trunc, F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign,
+)  # fmt: skip
+_BINARY = (
+    torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.minimum,
+    torch.floor_divide, torch.remainder, torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge,
+    torch.logical_and, torch.logical_or, torch.logical_xor, torch.bitwise_and, torch.bitwise_or,
+    torch.bitwise_xor, torch.bitwise_left_shift, torch.bitwise_right_shift, torch.where, torch.lerp,
+    torch.masked_fill, torch.addcmul, torch.addcdiv, torch.rsub, torch.fmod, torch.atan2,
+    ops.swiglu, ops.geglu,
+)  # fmt: skip
+
+
+@rule(*_UNARY, *_BINARY)
+def elementwise(view: View) -> Decision | None:
+    """The first sharded operand decides; the others follow, or are cut: that costs nothing."""
+    rank = len(view.type(view.node).shape)
+    out: Shard | None = None
+    for node in view.tensors:
+        at, shape = view.at(node), view.type(node).shape
+        dim = at.dim + rank - len(shape) if isinstance(at, Shard) else 0
+        if isinstance(at, Shard) and shape[at.dim] == view.type(view.node).shape[dim]:
+            out = Shard(dim, at.units, at.axis)
+            if at.units > 1:  # else every rank has the one block: better if another is cut
+                break
+    if out is None:
+        return Decision(dict.fromkeys(view.tensors, REPLICATE), REPLICATE)
+    inputs: dict[fx.Node, Placement] = {}
+    needs: list[Exactly] = []
+    for node in view.tensors:
+        inputs[node] = REPLICATE
+        shape = view.type(node).shape
+        dim = out.dim - (rank - len(shape))
+        if dim < 0 or shape[dim] == 1:
+            continue
+        at = view.at(node)
+        if isinstance(at, Shard) and at.dim == dim and (at.units > 1 or out.units == 1):
+            inputs[node] = at
+            if at.units != out.units:
+                units = math.gcd(at.units, out.units)
+                needs.append(Exactly(units, out.axis, "blocks of two sizes meet"))
+                out = Shard(out.dim, units, out.axis)
+        else:
+            inputs[node] = Shard(dim, out.units, out.axis)
+    for node, at in inputs.items():  # an operand that is cut here takes the blocks settled on last
+        if isinstance(at, Shard) and at != view.at(node):
+            inputs[node] = Shard(at.dim, out.units, out.axis)
+    return Decision(inputs, out, needs=needs)
+
+
+@rule(*_LINEAR_UNARY)
+def linear_unary(view: View) -> Decision | None:
+    """Negation commutes with a pending sum."""
+    (node,) = view.tensors
+    if isinstance(view.at(node), Partial):
+        return Decision({node: PARTIAL}, PARTIAL)
+    return elementwise(view)
+
+
+def add(view: View) -> Decision | None:
+    """The sum of two pending sums is one, pending."""
+    if len(view.tensors) == 2 and all(isinstance(view.at(n), Partial) for n in view.tensors):
+        return Decision(dict.fromkeys(view.tensors, PARTIAL), PARTIAL)
+    return elementwise(view)
+
+
+RULES[torch.add] = RULES[torch.sub] = add

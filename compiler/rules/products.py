@@ -1,0 +1,116 @@
+"""einsum, matmul and linear: products over letters, of which at most one is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from compiler.placement import PARTIAL, REPLICATE, Partial, Placement, Shard
+from compiler.rules.rule import Decision, Exactly, View, rule
+
+
+@rule(torch.einsum)
+def einsum(view: View) -> Decision | None:
+    """One letter is cut: it stays so in the output, or makes it a pending sum."""
+    operands: Any
+    equation, *operands = view.node.args
+    if isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    terms = letters_of(str(equation), [len(view.type(n).shape) for n in operands])
+    if terms is None:
+        return None
+    return contract(view, operands, terms[:-1], terms[-1])
+
+
+def letters_of(equation: str, ranks: list[int]) -> list[list[str]] | None:
+    """The letters of each operand and of the output; dims under "..." get names of their own."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow:
+        return None
+    terms = left.split(",")
+    most = max(
+        (n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True)), default=0
+    )
+
+    def expand(term: str, count: int) -> list[str]:
+        before, dots, after = term.partition("...")
+        names = [f"...{i}" for i in range(most - count, most)] if dots else []
+        return [*before, *names, *after]
+
+    out = [expand(t, n - len(t.replace("...", ""))) for t, n in zip(terms, ranks, strict=True)]
+    if any(len(set(letters)) < len(letters) for letters in out):
+        return None  # a diagonal
+    return [*out, expand(right, most)]
+
+
+def contract(
+    view: View, operands: list[fx.Node], terms: list[list[str]], result: list[str]
+) -> Decision:
+    """A product of operands over letters, of which at most one is cut."""
+    chosen: tuple[str, Shard] | None = None
+    # Parameters were declared; activations follow from them. So a parameter's sharding wins.
+    for node, letters in sorted(
+        zip(operands, terms, strict=True), key=lambda item: item[0].op != "get_attr"
+    ):
+        at = view.at(node)
+        if isinstance(at, Shard) and chosen is None:
+            chosen = (letters[at.dim], at)
+    if chosen is None:
+        return Decision(dict.fromkeys(operands, REPLICATE), REPLICATE)
+    letter, shard = chosen
+    inputs: dict[fx.Node, Placement] = {}
+    for node, letters in zip(operands, terms, strict=True):
+        if letter not in letters:
+            inputs[node] = REPLICATE
+            continue
+        inputs[node] = Shard(letters.index(letter), shard.units, shard.axis)
+    if letter not in result and shard.units == 1:  # every rank has the one block
+        return Decision(dict.fromkeys(operands, REPLICATE), REPLICATE)
+    if letter in result:
+        return Decision(inputs, Shard(result.index(letter), shard.units, shard.axis))
+    # Summed over a dim of which a block may lie on several ranks, it would be counted twice.
+    needs = [Exactly(shard.units, shard.axis, "it is summed over")]
+    return Decision(inputs, PARTIAL, needs=needs)
+
+
+@rule(torch.matmul)
+def matmul(view: View) -> Decision | None:
+    """x @ y as a product over letters."""
+    x, y = view.node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    rx, ry = len(view.type(x).shape), len(view.type(y).shape)
+    batch = [f"b{i}" for i in range(max(rx, ry, 2) - 2)]
+
+    def term(node: fx.Node, own: list[str]) -> list[str]:
+        sizes = view.type(node).shape[: -len(own)]
+        lead = batch[len(batch) - len(sizes) :]
+        # A batch dim of 1 beside another's n is no dim of the product.
+        return [*(f"1{b}" if n == 1 else b for b, n in zip(lead, sizes, strict=True)), *own]
+
+    tx = term(x, ["m", "k"] if rx > 1 else ["k"])
+    ty = term(y, ["k", "n"] if ry > 1 else ["k"])
+    rest = [*(["m"] if rx > 1 else []), *(["n"] if ry > 1 else [])]
+    inner = [b if b in tx or b in ty else f"1{b}" for b in batch]
+    return contract(view, [x, y], [tx, ty], [*inner, *rest])
+
+
+@rule(F.linear)
+def linear(view: View) -> Decision | None:
+    """x @ w.T + b; a bias on top of a pending sum would be added on every rank."""
+    x, w = view.node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    bias = view.arg(2, "bias")
+    lead = [f"b{i}" for i in range(len(view.type(x).shape) - 1)]
+    found = contract(view, [x, w], [[*lead, "k"], ["n", "k"]], [*lead, "n"])
+    if not isinstance(bias, fx.Node):
+        return found
+    if isinstance(found.output, Partial):
+        return None
+    cut = isinstance(found.output, Shard) and found.output.dim == len(lead)
+    found.inputs[bias] = (
+        Shard(0, found.output.units, found.output.axis) if cut else REPLICATE  # type: ignore[union-attr]
+    )
+    return found
