@@ -157,24 +157,28 @@ def _stacked(plan: Plan) -> Stacked:
     """Parts of names, each as short as it can be without meaning another tensor too."""
     found: Stacked = {}
     names = {_unfused(to): to for to in plan.tensors.values()}
-    done: set[tuple] = set()  # alike in every layer: looked for once
     for unfused, to in names.items():
-        parent = unfused.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]
-        alike = (to.leaf, to.fused, to.shard, parent)
-        if not to.fused or to.shard is None or alike in done:
+        known = any(part in unfused and shard == to.shard for part, (_, shard) in found.items())
+        if not to.fused or to.shard is None or known:
             continue
-        done.add(alike)
-        for before, after in (("", ""), ("", "."), (f".{parent}", ".")):
+        for before, after in _parts_of(unfused.rpartition(".")[0].split(".")[:-1]):
             part = f"{before}.{to.leaf}{after}"
             if all(
-                (part in other) == (o.leaf == to.leaf and o.fused == to.fused)
+                (o.leaf, o.fused) == (to.leaf, to.fused)
                 for other, o in names.items()
+                if part in other
             ):
                 found[part] = (f"{before}.{to.fused}{after}", to.shard)
                 break
         else:
             raise AssertionError(f"no part of {unfused} is its own")
     return found
+
+
+def _parts_of(parents: list[str]) -> list[tuple[str, str]]:
+    """What to put around a module's name until it means no other: less first."""
+    longer = [f".{'.'.join(parents[-n:])}" for n in range(1, len(parents) + 1)]
+    return [("", ""), ("", "."), *((before, ".") for before in longer)]
 
 
 def _template(name: str, new: str) -> tuple[str, str]:

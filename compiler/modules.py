@@ -132,8 +132,8 @@ class _Planner:
         placed = Placed()
         taken: set[str] = set()
 
-        def take(attr: str) -> str:
-            attr = unique(attr, taken)
+        def take(attr: str, *, in_list: bool = False) -> str:
+            attr = unique(_attribute(attr, in_list), taken)
             taken.add(attr)
             return attr
 
@@ -147,7 +147,7 @@ class _Planner:
                 in_layers |= {str(p.target) for p in _params(node)}
                 placed.layers[node] = take(self.layer_name(node, names, anchor))
         for node, attr in self.call_names(block, names, anchor).items():
-            placed.calls[node] = take(attr)
+            placed.calls[node] = take(attr, in_list=block is self.split.body)
         for node in block.graph.nodes:
             holders = {n for n in placed.layers if n.target not in WITHOUT_WEIGHTS}
             if is_param(node) and (set(node.users) - holders):
@@ -180,10 +180,13 @@ class _Planner:
             if _clashes(call, places, anchor):  # norms often live elsewhere than their block
                 matrices = [p for p in all_paths if len(self.program.model.by_path[p].shape) > 1]
                 places[call] = self.home(matrices)
+        homes = dict(places)
         for call, all_paths in paths.items():
             own = _common(all_paths)
             if block is self.split.body:
-                places[call] = _at_index(places[call], own) or _join(anchor, own)
+                place = _at_index(homes[call], own)
+                alone = sum(_at_index(homes[c], _common(p)) == place for c, p in paths.items()) == 1
+                places[call] = place if place and alone else _join(anchor, identifier(own))
             elif _clashes(call, places, anchor):
                 places[call] = _join(anchor, _plain(call))
         return {c: _below(place, anchor) or _plain(c) for c, place in places.items()}
@@ -297,6 +300,13 @@ def fused_name(leaves: list[str]) -> str:
     tail = tail[tail.index("_") :] if "_" in tail else ""
     stems = [leaf[: len(leaf) - len(tail)] if tail else leaf for leaf in leaves]
     return ("" if all(len(s) == 1 for s in stems) else "_").join(stems) + tail
+
+
+def _attribute(path: str, in_list: bool) -> str:
+    """A path as Python can write it: `parts._0.q` for `parts.0.q`, but `layers.0` of a list."""
+    *parents, last = path.split(".")
+    index = in_list and bool(parents) and last.isdigit()
+    return ".".join([*map(identifier, parents), last if index else identifier(last)])
 
 
 def _module(tensor: str) -> str:

@@ -41,7 +41,7 @@ def split_at_unembedding(program: Program) -> Split:
     (result,) = root.results
     unembedding = _last_product(result)
     hidden = next(n for n in unembedding.all_input_nodes if not is_param(n))
-    before = _ancestors(hidden) | {hidden}
+    before = _ancestors(hidden) | {hidden, *root.inputs}  # the engine gives positions in any case
     tail = [n for n in root.graph.nodes if n not in before and n.op != "output"]
     for node in tail:
         for used in node.all_input_nodes:

@@ -155,7 +155,9 @@ def statement(scope: Scope, node: fx.Node, indent: int) -> list[str]:
     if node.op == "call_module":
         attr = scope.placed.calls[node]
         args = [scope.value(a) for a in node.args]
-        return call(f"{_targets(scope, node)} = self.{attr}", args, indent)
+        container, _, last = attr.rpartition(".")
+        callee = f"{container}[{last}]" if last.isdigit() else attr
+        return call(f"{_targets(scope, node)} = self.{callee}", args, indent)
     attr = scope.placed.layers.get(node)
     if attr is None:
         text = expressions.expression(scope, node)

@@ -315,8 +315,17 @@ class _Writer:
             ]
         one = classes[0] if not kinds else "kind"
         over = f"for i in range({count})" if not kinds else "for i, kind in enumerate(kinds)"
-        inner = f'{one}(vllm_config, prefix=f"{{prefix}}.{container}.{{i}}") {over}'
-        return [*kinds, *call(f"self.{container} = nn.ModuleList", [inner], 8)]
+        inner = f'{one}(vllm_config, prefix=f"{{prefix}}.{container}.{{i}}")'
+        return [
+            *kinds,
+            f"        self.{container} = nn.ModuleList(",
+            *(
+                [f"            {inner} {over}"]
+                if len(inner + over) < 76
+                else [f"            {inner}", f"            {over}"]
+            ),
+            "        )",
+        ]
 
     def hidden(self, size: int) -> str:
         return self.module.size("hidden", size)

@@ -42,12 +42,13 @@ def fuse_add_rms_norm(program: Program) -> Program:
     """
     blocks = {name: copy_block(block) for name, block in program.blocks.items()}
     new = replace(program, root=copy_block(program.root), blocks=blocks)
-    if any(_ends_in_add(new, block) for block in blocks.values()):
+    in_pairs = any("optional" in n.meta for block in blocks.values() for n in block.inputs)
+    if not in_pairs and any(_ends_in_add(new, block) for block in blocks.values()):
         takes = {name: _starts_with_norm(new, block) for name, block in blocks.items()}
         for block in blocks.values():
             for name in takes[block.name]:
                 _take_pair(block, name)
-        defers = {name for name, block in blocks.items() if _ends_in_add(new, block)}
+        defers = _deferring(new, takes)
         for block in (*blocks.values(), new.root):
             for call in block.calls:
                 _give_pairs(new, block, call, takes, defers)
@@ -91,6 +92,46 @@ def _ends_in_add(program: Program, block: Block) -> bool:
     if result.op == "call_module":
         return _ends_in_add(program, program.blocks[str(result.target)])
     return is_call(result, torch.add) and _is_plain_add(result)
+
+
+def _deferring(program: Program, takes: dict[str, list[str]]) -> set[str]:
+    """The blocks that leave their last addition to others, all of whom have a norm for it."""
+    found = {name for name, block in program.blocks.items() if _ends_in_add(program, block)}
+    while True:
+        unwanted = {
+            str(call.target)
+            for block in program.all()
+            for call in block.calls
+            if not any(_wants_pair(program, block, call, user, takes, found) for user in call.users)
+        }
+
+        kept = {
+            name
+            for name in found - unwanted
+            for (result,) in [program.blocks[name].results]
+            if result.op != "call_module" or str(result.target) in found
+        }
+        if kept == found:
+            return found
+        found = kept
+
+
+def _wants_pair(
+    program: Program,
+    block: Block,
+    call: fx.Node,
+    user: fx.Node,
+    takes: dict[str, list[str]],
+    found: set[str],
+) -> bool:
+    """Whether a user of a call's result would rather have the two terms of it."""
+    if user.op == "output":
+        return block.name in found and block is not program.root
+    if user.op == "call_module":
+        names = takes[str(user.target)]
+        inputs = [n for n in program.blocks[str(user.target)].inputs if "optional" not in n.meta]
+        return any(a is call and n.name in names for a, n in zip(user.args, inputs, strict=True))
+    return is_call(user, ops.rms_norm) and user.args[0] is call and is_param(user.args[1])
 
 
 def _is_plain_add(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""What the tracer records: blocks once, the user's names and lines, and the function's own values."""
+"""What the tracer records: blocks once, the user's names and lines, the function's own values."""
 
 from __future__ import annotations
 
@@ -211,7 +211,11 @@ def test_nested_blocks():
 
     program = check(model(step))
     assert names(program) == ["gated", "scale", "both"]
-    assert [str(call.target) for call in program.blocks["both"].calls] == ["gated", "scale", "gated"]
+    assert [str(call.target) for call in program.blocks["both"].calls] == [
+        "gated",
+        "scale",
+        "gated",
+    ]
 
 
 def test_results_of_a_block():

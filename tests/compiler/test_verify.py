@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compiler.ir import Program, TensorType
-from compiler.passes import PIPELINE, run_passes
 from compiler.partition import partition
+from compiler.passes import PIPELINE, run_passes
 from compiler.rewrite import copy_block
 from compiler.trace import trace
 from compiler.verify import verify
