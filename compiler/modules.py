@@ -7,6 +7,7 @@ named by its path; `Plan.tensors` then says what the loader has to rename.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -180,13 +181,13 @@ class _Planner:
             if _clashes(call, places, anchor):  # norms often live elsewhere than their block
                 matrices = [p for p in all_paths if len(self.program.model.by_path[p].shape) > 1]
                 places[call] = self.home(matrices)
-        homes = dict(places)
-        for call, all_paths in paths.items():
-            own = _common(all_paths)
+        own = {call: _common(all_paths) for call, all_paths in paths.items()}
+        steps = {call: _at_index(places[call], own[call]) for call in paths}
+        uses = Counter(steps.values())
+        for call in paths:
             if block is self.split.body:
-                place = _at_index(homes[call], own)
-                alone = sum(_at_index(homes[c], _common(p)) == place for c, p in paths.items()) == 1
-                places[call] = place if place and alone else _join(anchor, identifier(own))
+                alone = steps[call] if uses[steps[call]] == 1 else None
+                places[call] = alone or _join(anchor, identifier(own[call]))
             elif _clashes(call, places, anchor):
                 places[call] = _join(anchor, _plain(call))
         return {c: _below(place, anchor) or _plain(c) for c, place in places.items()}

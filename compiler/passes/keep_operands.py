@@ -85,6 +85,8 @@ class _Block:
         self.order = {node: i for i, node in enumerate(block.graph.nodes)}
         self.made: dict[Any, list[fx.Node]] = {}  # maker of memory -> values that are in it
         self.written: set[fx.Node] = set()
+        # Operands that were overwritten: what they held is gone, so their memory starts anew.
+        self.taken: dict[tuple[fx.Node, int], set[Any]] = {}
 
     def run(self) -> _Effects:
         for node in list(self.block.graph.nodes):
@@ -102,7 +104,10 @@ class _Block:
         return _Effects({i for i, node in enumerate(inputs) if node in self.written}, results)
 
     def _makers(self, node: fx.Node) -> set[Any]:
-        return {piece[0] for piece in self.memory[node]}
+        found: set[Any] = set()
+        for piece in self.memory[node]:
+            found |= self.taken.get(piece[0], {piece[0]})
+        return found
 
     def _overwrites(self, node: fx.Node) -> list[int]:
         """The places of the operands that a node writes into."""
@@ -122,7 +127,8 @@ class _Block:
             self.memory[copy] = frozenset({(copy,)})
             self.order[copy] = self.order[node]
         else:
-            self.written |= self._makers(operand)
+            self.taken[node, at] = self._makers(operand)
+            self.written |= self.taken[node, at]
 
     def _is_needed(self, operand: fx.Node, node: fx.Node, at: int) -> bool:
         """Whether memory is read after a node, not to be written at all, or given to it twice."""
@@ -149,7 +155,7 @@ class _Block:
         if node.op == "call_module":  # several results are told apart by index
             found = self.effects[str(node.target)].results
             passed = found[0] if isinstance(node.meta["type"], TensorType) else ()
-            return own.union(*(self._of(node.args[i]) for i in passed))
+            return own.union(*(self._operand(node, i) for i in passed))
         if is_call(node, operator.getitem):
             return self._part(node)
         if node.target is Tensor.expand:
@@ -167,16 +173,20 @@ class _Block:
             source = self.memory[whole.all_input_nodes[0]]
             return frozenset((*piece, (whole, index)) for piece in source)
         if is_call(whole, layers.rotary):
-            return self._of(whole.args[1 + int(index)])  # type: ignore[arg-type]
+            return self._operand(whole, 1 + int(index))  # type: ignore[arg-type]
         if is_call(whole, layers.add_rms_norm):
-            x, residual = (self._of(a) for a in whole.args[:2])
+            x, residual = self._operand(whole, 0), self._operand(whole, 1)
             return x if index == 0 else x | residual if _optional(whole.args[1]) else residual
         if whole.op == "call_module":
             found = self.effects[str(whole.target)].results[int(index)]  # type: ignore[arg-type]
-            return frozenset({(node,)}).union(*(self._of(whole.args[i]) for i in found))
+            return frozenset({(node,)}).union(*(self._operand(whole, i) for i in found))
         return self.memory[whole] | {(node,)}
 
-    def _of(self, value: Any) -> Memory:
+    def _operand(self, node: fx.Node, at: int) -> Memory:
+        """The memory of an operand after a node, which may have written into it."""
+        if (node, at) in self.taken:
+            return frozenset({((node, at),)})
+        value = node.args[at]
         return self.memory[value] if isinstance(value, fx.Node) else frozenset()
 
 
