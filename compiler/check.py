@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compiler.needs import served_needs
-from compiler.partition import Need
+from compiler.needs import Need, served_needs, strongest
 from compiler.vllm_target import lower_to_vllm
 from funcmodels.config_json import FIELD_OF_AXIS, config_of_fields
 from funcmodels.errors import ShardingError
@@ -29,11 +28,8 @@ def check(model: Model, *, tp: int = 1) -> list[int]:
 
 def check_needs(model: Model, needs: Iterable[Need], tp: int) -> None:
     """Raise for the first demand that a number of ranks does not meet."""
-    needs = list(needs)
     # A sharded axis asks for little by itself, and for division where an operation needs that.
-    exact = {need.axis for need in needs if need.exact}
-    needs = [need for need in needs if need.exact or need.axis not in exact]
-    needs.sort(key=lambda need: not need.exact)
+    needs = strongest(needs)
     failed = [need for need in needs if not need.allows(tp)]
     if not failed:
         return

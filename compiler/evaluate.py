@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 
 from compiler import collectives
 from compiler.comm import Comm, Simulated
-from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding
+from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.placement import Placement, Shard
 from compiler.rules import LocalValues, vocab_embed
 from funcmodels import tree
@@ -51,7 +51,9 @@ def run(
     sizes = symbol_sizes(tokens)
     given = [tokens, positions, *([] if segment_ids is None else [segment_ids])]
     inputs = [[value for _ in comm.ranks] for value in given]
-    (logits,) = _Run(program, comm, sizes, dtype).block(program.root, weights, inputs)
+    (logits,) = _Run(program, comm, sizes, dtype, tokens.device).block(
+        program.root, weights, inputs
+    )
     return logits
 
 
@@ -100,12 +102,18 @@ def param_placements(program: Program) -> dict[str, Placement]:
 
 class _Run:
     def __init__(
-        self, program: Program, comm: Comm, sizes: dict[str, int], dtype: torch.dtype
+        self,
+        program: Program,
+        comm: Comm,
+        sizes: dict[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.program = program
         self.comm = comm
         self.sizes = sizes
         self.dtype = dtype
+        self.device = device
 
     def block(
         self, block: Block, weights: dict[str, list[Tensor]], inputs: list[list[Any]]
@@ -148,6 +156,8 @@ class _Run:
             return GROUP_FUNCTIONS[node.target](self.comm, calls)
         for rank, (args, kwargs) in zip(self.comm.ranks, calls, strict=True):
             special = RANK_FUNCTIONS.get(node.target)
+            if is_factory(node):
+                kwargs = {**kwargs, "device": self.device}
             if special is not None:
                 out.append(special(rank, self.comm, *args, **kwargs))
             else:

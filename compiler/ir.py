@@ -127,6 +127,11 @@ class Program:
         yield self.root
 
 
+def is_factory(node: fx.Node) -> bool:
+    """Whether a node makes a tensor of nothing, as `torch.arange(16)`: on its inputs' device."""
+    return node.op == "call_function" and not node.all_input_nodes
+
+
 def binding(call: fx.Node) -> dict[str, str]:
     """Callee's parameter name -> caller's, of a call."""
     return call.meta["binding"]

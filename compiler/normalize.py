@@ -90,7 +90,12 @@ _CASTS = {
 # Functions of torch.nn.functional that are another function here.
 _FUNCTIONAL = {F.sigmoid: torch.sigmoid, F.tanh: torch.tanh, F.relu: torch.relu}
 _TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile", "flip"}
-_IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu"}
+_IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu", "cuda"}
+_DEVICE_READS = {
+    "is_cuda": lambda device: device.type == "cuda",
+    "is_cpu": lambda device: device.type == "cpu",
+    "get_device": lambda device: -1 if device.type == "cpu" else device.index,
+}
 
 
 def is_identity(func: Any, args: tuple, kwargs: dict) -> bool:
@@ -100,6 +105,20 @@ def is_identity(func: Any, args: tuple, kwargs: dict) -> bool:
         given = (*args[1:], *kwargs.values())
         return not any(isinstance(v, (torch.dtype, Tensor)) for v in given)
     return name in _IDENTITY or "dropout" in name  # one that drops was refused before
+
+
+def where_it_is(func: Any) -> Callable[[torch.device], Any] | None:
+    """For `is_cuda` and the like: what they say of a tensor on a device."""
+    return _DEVICE_READS.get(_name(func))
+
+
+def on_one_device(func: Any, args: Any, kwargs: dict, device: torch.device) -> tuple[Any, dict]:
+    """A call with `device` in the place of every device that it names."""
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": device}
+    if _name(func) == "to":
+        args = tuple(device if isinstance(a, (str, torch.device)) else a for a in args)
+    return (args[:1], {}) if _name(func) == "cuda" else (args, kwargs)
 
 
 def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
@@ -178,7 +197,11 @@ def _signature(func: FunctionType) -> inspect.Signature:
 
 
 def _said(func: Any, kwargs: dict) -> dict:
-    """The keyword arguments without those that only repeat the function's defaults."""
+    """The keyword arguments without those that only repeat the function's defaults.
+
+    And without a device: all that a program makes lies where its inputs do.
+    """
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     if not kwargs or not isinstance(func, FunctionType):
         return kwargs
     defaults = _defaults(func)
@@ -224,10 +247,10 @@ def _softmax(args: tuple[Any, ...], kwargs: dict) -> Call:
 
 
 def _cast(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
-    """Casts to a dtype; what else `.to` could mean is left as it is."""
-    other = kwargs.get("dtype", kwargs.get("other", args[1] if len(args) > 1 else None))
-    if isinstance(other, Tensor):
-        other = other.dtype
-    if isinstance(other, torch.dtype):
-        return Tensor.to, (*args[:1], other), {}
+    """Casts to a dtype, with a device or without; what else `.to` could mean is left as it is."""
+    for other in (*args[1:], *kwargs.values()):
+        if isinstance(other, Tensor):
+            other = other.dtype
+        if isinstance(other, torch.dtype):
+            return Tensor.to, (*args[:1], other), {}
     return func, args, kwargs

@@ -8,7 +8,6 @@ in between. Sizes stay symbolic in the number of ranks: one partitioned program 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.fx.node import map_aggregate, map_arg
 from compiler import collectives
 from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
 from compiler.names import unique
+from compiler.needs import Exact, Need
 from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
 from compiler.rules import RULES, TOKENS, Decision, View, decide, is_cut
 from compiler.verify import verify
@@ -26,20 +26,6 @@ from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
 from funcmodels.source import SourceLine
 from funcmodels.spec import Model
-
-
-@dataclass(frozen=True)
-class Need:
-    """A demand on the number of ranks: it divides `units`, or, unless exact, is a multiple."""
-
-    axis: str
-    units: int
-    exact: bool
-    why: str
-    where: SourceLine
-
-    def allows(self, parts: int) -> bool:
-        return self.units % parts == 0 or (not self.exact and parts % self.units == 0)
 
 
 @dataclass(frozen=True)
@@ -88,10 +74,7 @@ class _Partitioner:
         root, _ = self.block(self.source.root, (start,) * len(self.source.root.inputs), root=True)
         blocks = {block.name: block for block, _ in self.done.values() if block is not root}
         # Where nothing demands a division, a parameter's block may lie on several ranks.
-        exact: dict[str, int] = {}
-        for need in self.needs.values():
-            if need.exact:
-                exact[need.axis] = math.gcd(exact.get(need.axis, 0), need.units)
+        exact = Exact(self.needs.values())
         for block in (*blocks.values(), root):
             _sum_over_replicas(block, self.axis, exact)
         found = Partitioned(
@@ -270,16 +253,13 @@ class _BlockPartitioner:
         return self.moved[key]
 
 
-def _sum_over_replicas(block: Block, axis: str, exact: dict[str, int]) -> None:
-    """Mark parameters of which a block may lie on several ranks: their gradients are summed.
-
-    `exact` has, for each logical axis, a number that the ranks must divide.
-    """
+def _sum_over_replicas(block: Block, axis: str, exact: Exact) -> None:
+    """Mark parameters of which a block may lie on several ranks: their gradients are summed."""
     for node in list(block.graph.nodes):
         at = node.meta.get("placement")
         if node.op != "get_attr" or not isinstance(at, Shard):
             continue
-        if at.axis in exact and at.units % exact[at.axis] == 0:
+        if exact.divides(at.axis, at.units):
             continue
         users = list(node.users)
         with block.graph.inserting_after(node):

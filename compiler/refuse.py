@@ -149,6 +149,16 @@ def branch_on_dtype(where: SourceLine) -> TraceError:
     )
 
 
+def branch_on_device(where: SourceLine) -> TraceError:
+    return TraceError(
+        "what is computed depends on the device",
+        got="a value of Python that was made from x.device or x.is_cuda: a branch",
+        need="code that does the same on any device: models are compiled on none",
+        from_=where,
+        fix="the same operations everywhere; the ops of funcmodels choose kernels by device",
+    )
+
+
 def size_as_value(value: Any, symbols: dict[str, str]) -> TraceError:
     text = str(value)
     for symbol, name in symbols.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
@@ -28,7 +29,7 @@ def result_of(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     Raises what the function itself raises for shapes that do not fit.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if func in _OPS:
+    if func in _OPS or func is F.pad:
         lead = next((s for t in tensors if (s := _leading(t.shape))), ())
         if all(_leading(t.shape) in (lead, ()) for t in tensors):
             return _run(func, args, kwargs, lambda shape: _replaced(shape, lead))

@@ -93,7 +93,7 @@ def _part(
     env: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         env[node] = graph.placeholder("hidden_states")
-        env[node].meta = dict(node.meta)
+        env[node].meta = {k: v for k, v in node.meta.items() if k != "binding"}  # no call any more
     for node in nodes:
         for used in node.all_input_nodes:  # a parameter that both parts read, as tied embeddings
             if used not in env and is_param(used):

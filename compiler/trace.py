@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch.utils import _pytree as pytree
 from compiler import refuse
 from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, target_name
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
-from compiler.normalize import is_identity, normalize
+from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
 from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
 from compiler.verify import verify
@@ -64,11 +65,16 @@ def trace(model: Model, *, batched: bool = False, segments: bool = False) -> Pro
     dims = ("batch", "seq") if batched else ("num_tokens",)
     tracer = _Tracer(model, dims, segments)
     program = tracer.run()
-    if tracer.dtype_read is not None:  # does Python decide by what it read? Then others differ.
+    # Does Python decide by what it read of a tensor? Then the program differs for others.
+    if tracer.dtype_read is not None:
         for dtype in (torch.bfloat16, torch.float32):
-            other = _Tracer(model, dims, segments, dtype).run()
+            other = _Tracer(model, dims, segments, dtype=dtype).run()
             if _outline(other, dtype) != _outline(program, dtype):
                 raise refuse.branch_on_dtype(tracer.dtype_read)
+    if tracer.device_read is not None:
+        other = _Tracer(model, dims, segments, device=torch.device("cuda", 0)).run()
+        if _outline(other, MODEL_DTYPE) != _outline(program, MODEL_DTYPE):
+            raise refuse.branch_on_device(tracer.device_read)
     return program
 
 
@@ -121,11 +127,15 @@ class _Tracer(TorchFunctionMode):
         model: Model,
         dims: tuple[str, ...],
         segments: bool,
+        *,
         dtype: torch.dtype = MODEL_DTYPE,
+        device: torch.device = _CPU,
     ) -> None:
         super().__init__()
         self.dtype = dtype
+        self.device = device  # what the user's Python is told; the fakes are all of the CPU
         self.dtype_read: SourceLine | None = None  # where Python first looked at the model's dtype
+        self.device_read: SourceLine | None = None  # and where at a tensor's device
         self.model = model
         self.dims = dims
         self.segments = segments
@@ -155,7 +165,7 @@ class _Tracer(TorchFunctionMode):
                 scope.bind(value, self._node("placeholder", name, value))
             before = set_tracer(self)
             try:
-                with self:
+                with self, _device_reads(self._read_device):
                     logits = self._call(self.model.forward, (params, *inputs.values()), {})
             finally:
                 set_tracer(before)
@@ -174,9 +184,9 @@ class _Tracer(TorchFunctionMode):
         tokens = self.fake.from_tensor(real, symbolic_context=context)
         for size, name in zip(tokens.shape, self.dims, strict=True):
             self.symbols[str(size.node.expr)] = name  # type: ignore[attr-defined]
-        names = ["positions", *(["segment_ids"] if self.segments else [])]
+        names = ["tokens", "positions", *(["segment_ids"] if self.segments else [])]
         with self.fake:
-            return {"tokens": tokens, **{name: torch.empty_like(tokens) for name in names}}
+            return {name: torch.empty_like(tokens) for name in names}
 
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""
@@ -280,6 +290,7 @@ class _Tracer(TorchFunctionMode):
     def _record_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._check_branches()
         refuse.impure(func, args, kwargs)
+        args, kwargs = on_one_device(func, args, kwargs, _CPU)
         try:
             out = result_of(func, args, kwargs)
         except GuardOnDataDependentSymNode as error:
@@ -289,9 +300,8 @@ class _Tracer(TorchFunctionMode):
                 raise refuse.fixes_size(func)
         self.guards = len(self.shapes.guards)  # else what an operation itself assumes is no branch
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
-            users = is_users(sys._getframe(2).f_code.co_filename)  # not torch's own Python
-            if users and out is self.dtype and self.dtype_read is None:
-                self.dtype_read = users_line()
+            if is_users(sys._getframe(2).f_code.co_filename):  # not torch's own Python
+                return self._read(func, out)
             return out
         self._check_context()
         if is_identity(func, args, kwargs):
@@ -305,6 +315,17 @@ class _Tracer(TorchFunctionMode):
         args, kwargs = self._as_nodes(args, func), self._as_nodes(kwargs, func)
         self._bind(self._node("call_function", target, out, args, kwargs), out)
         return out
+
+    def _read(self, func: Any, out: Any) -> Any:
+        """What Python is told that is no value of a tensor, but differs from run to run."""
+        if out is self.dtype and self.dtype_read is None:
+            self.dtype_read = users_line()
+        on = where_it_is(func)
+        return out if on is None else on(self._read_device())
+
+    def _read_device(self) -> torch.device:
+        self.device_read = self.device_read or users_line()
+        return self.device
 
     def _with_own_identity(self, out: Any, args: Any, kwargs: Any) -> Any:
         """A result that is one of the arguments itself becomes an object of its own."""
@@ -410,6 +431,23 @@ def _aliases(leaves: list[Any]) -> tuple[int, ...] | None:
     """Which tensors of a call are one and the same; None where no two are."""
     ids = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     return None if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+
+
+@contextmanager
+def _device_reads(read: Callable[[], torch.device]) -> Iterator[None]:
+    """Let `read` answer the user's Python on `x.device`: of fakes, no mode is told of that."""
+    plain = FakeTensor.device
+
+    def device(tensor: FakeTensor) -> torch.device:
+        if is_users(sys._getframe(1).f_code.co_filename):
+            return read()
+        return plain.fget(tensor)  # type: ignore[attr-defined]
+
+    FakeTensor.device = property(device, plain.fset)  # type: ignore[attr-defined, assignment]
+    try:
+        yield
+    finally:
+        FakeTensor.device = plain  # type: ignore[assignment]
 
 
 def _line_of(guard: Any) -> SourceLine:

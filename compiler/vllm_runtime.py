@@ -134,10 +134,10 @@ def check_registered(cls: type, vllm_config: VllmConfig) -> None:
         )
 
 
-def check_ranks(axes: dict) -> None:
+def check_ranks(*axes: tuple[str, int, bool]) -> None:
     """Refuse a tensor-parallel size that the model's axes do not allow."""
     ranks = get_tensor_model_parallel_world_size()
-    for axis, (size, exact) in axes.items():
+    for axis, size, exact in axes:
         if size % ranks and (exact or ranks % size):
             how = "divides it" if exact else "divides it, or is a multiple of it"
             raise ValueError(

@@ -67,20 +67,14 @@ def constructor(scope: Scope) -> list[str]:
     if scope.local:
         module.use("get_tensor_model_parallel_world_size")
         lines.append("        tp_size = get_tensor_model_parallel_world_size()")
-        for label, units in scope.local.items():
-            size = module.size(label, units)
-            whole = f"{size} // tp_size"
-            if not _is_exact(scope, label):
+        for name, (axis, units) in scope.local.items():
+            whole = f"{module.size(axis, units)} // tp_size"
+            if not module.exact.divides(axis, units):
                 whole = f"max(1, {whole})"
-            lines.append(f"        self.local_{label} = {whole}")
+            lines.append(f"        self.{name} = {whole}")
     if scope.needs_dtype:
         lines.append("        self.dtype = vllm_config.model_config.dtype")
     return lines + bare + made
-
-
-def _is_exact(scope: Scope, label: str) -> bool:
-    """Whether an axis is always divided, or may leave a block on several ranks."""
-    return label in scope.module.exact
 
 
 def _in_list(attr: str) -> bool:
@@ -103,13 +97,12 @@ def _bare(scope: Scope, name: str, attr: str) -> list[str]:
         scope.module.use(used)
     sizes = [scope.module.size(a, n) for a, n in zip(param.axes, param.shape, strict=True)]
     if isinstance(at, Shard):
-        scope.local[at.axis] = at.units
-        sizes[at.dim] = f"self.local_{at.axis}"
+        sizes[at.dim] = scope.local_units(at.axis, at.units)
     dtype = [] if param.dtype is None else [f"dtype={param.dtype}"]
     empty = f"torch.empty({', '.join([*sizes, *dtype]) or '()'})"
     lines = [f"        self.{attr} = nn.Parameter({empty}, requires_grad=False)"]
     if isinstance(at, Shard):
-        if not _is_exact(scope, at.axis):
+        if not scope.module.exact.divides(at.axis, at.units):
             raise LoweringError(
                 f'"{at.axis}" may be replicated, but {name} is used outside a vLLM layer',
                 need="an axis that the number of ranks divides",

@@ -11,7 +11,7 @@ from torch import fx
 
 from compiler import collectives
 from compiler.emit.scope import Scope
-from compiler.ir import MODEL_DTYPE, target_name
+from compiler.ir import MODEL_DTYPE, is_factory, target_name
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 
@@ -50,6 +50,8 @@ def expression(scope: Scope, node: fx.Node) -> str:
         return f"{left} {_INFIX[node.target]} {right}"
     args = [_value(scope, a) for a in node.args]
     args += [f"{name}={_value(scope, v)}" for name, v in node.kwargs.items() if v is not None]
+    if is_factory(node):
+        args.append(f"device={scope.device()}")
     if node.target in _METHODS:
         return f"{args[0]}.{node.target.__name__}({', '.join(args[1:])})"  # type: ignore[union-attr]
     name = target_name(node.target)

@@ -18,7 +18,7 @@ from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
 from compiler.loading import Loading, loading_of
 from compiler.modules import Plan, plan_modules
 from compiler.names import unique
-from compiler.needs import served_needs
+from compiler.needs import Exact, served_needs, strongest
 from compiler.partition import Partitioned
 from compiler.roll import Loop, roll
 from compiler.split import Split, split_at_unembedding
@@ -59,8 +59,7 @@ class _Writer:
         self.plan = plan
         self.loading = loading
         base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", self.model.name) or self.model.name
-        exact = {need.axis for need in program.needs if need.exact}
-        self.module = Module(base, _axes(self.model), exact)
+        self.module = Module(base, _axes(self.model), Exact(program.needs))
         self.body = Scope(self.module, split.body, plan.blocks["forward"])
         self.head = Scope(self.module, split.head, plan.blocks["compute_logits"])
         if plan.tied:  # tied weights still make a layer, as adapters and the engine expect
@@ -462,14 +461,11 @@ class _Writer:
 
     def check_ranks(self) -> list[str]:
         """What the model's axes ask of the number of ranks."""
-        rows = {
-            need.axis: f"{quoted(need.axis)}: "
-            f"({self.module.size(need.axis, need.units)}, {need.exact})"
-            for need in sorted(served_needs(self.program), key=lambda need: need.exact)
-        }
-        if not rows:
-            return []
-        return call(self.module.help("check_ranks"), [f"{{{', '.join(rows.values())}}}"], 8)
+        rows = [
+            f"({quoted(need.axis)}, {self.module.size(need.axis, need.units)}, {need.exact})"
+            for need in strongest(served_needs(self.program))
+        ]
+        return call(self.module.help("check_ranks"), list(dict.fromkeys(rows)), 8) if rows else []
 
     def packed(self) -> dict[str, str]:
         """Fused module -> its parts, as quantisation and LoRA ask for them."""

@@ -12,6 +12,7 @@ from compiler.emit.text import literal
 from compiler.ir import Block, LocalSize, Sym
 from compiler.modules import Placed
 from compiler.names import class_name
+from compiler.needs import Exact
 
 _ROOT = "vllm.model_executor"
 # Where each name that emitted source may use comes from.
@@ -85,7 +86,7 @@ class Module:
     Args:
         prefix: what class names begin with.
         axes: axis name -> size, for those that have one size throughout the model.
-        exact: axes that the ranks always divide, none of their blocks lying on several.
+        exact: what of the axes the ranks always divide.
         used: names to import.
         constants: axes whose constant is used.
         helpers: functions of `compiler.vllm_runtime` to carry along.
@@ -93,7 +94,7 @@ class Module:
 
     prefix: str
     axes: dict[str, int]
-    exact: set[str]
+    exact: Exact
     used: set[str] = field(default_factory=set)
     constants: dict[str, int] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
@@ -129,7 +130,7 @@ class Scope:
     module: Module
     block: Block
     placed: Placed
-    local: dict[str, int] = field(default_factory=dict)
+    local: dict[str, tuple[str, int]] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
     preferred: dict[fx.Node, str] = field(default_factory=dict)
     needs_dtype: bool = False
@@ -145,9 +146,15 @@ class Scope:
 
     def local_size(self, size: LocalSize) -> str:
         """`self.local_heads * 64`."""
-        self.local[size.label] = size.units
-        name = f"self.local_{size.label}"
+        name = self.local_units(size.label, size.units)
         return name if size.inner == 1 else f"{name} * {self.module.size('head_dim', size.inner)}"
+
+    def local_units(self, axis: str, units: int) -> str:
+        """`self.local_heads`; a second size of the same axis in one class has its number added."""
+        for name in (f"local_{axis}", f"local_{axis}_{units}"):
+            if self.local.setdefault(name, (axis, units)) == (axis, units):
+                break
+        return f"self.{name}"
 
     def bind(self, node: fx.Node, name: str | None = None) -> str:
         """A variable for a node: its own plain name, unless that still holds a value to come."""
@@ -159,6 +166,13 @@ class Scope:
         self._bound[chosen] = node
         self.names[node] = chosen
         return chosen
+
+    def device(self) -> str:
+        """Where the class's tensors lie: its last input's place, for the engine may give no ids."""
+        given = [node for node in self.block.inputs if "optional" not in node.meta]
+        if given:
+            return f"{self.names[given[-1]]}.device"
+        return f"self.{next(iter(self.placed.bare.values()))}.device"
 
     def _busy(self, name: str, node: fx.Node) -> bool:
         """Whether a variable's value is still needed after this node."""

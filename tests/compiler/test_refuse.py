@@ -452,6 +452,28 @@ def test_branches_on_dtype(body):
     refused(body, "depends on the model's dtype", r"x\.float\(\)", "x.dtype")
 
 
+def branches_on_cuda(p, x, s):
+    return x * 2 if x.is_cuda else x
+
+
+def branches_on_device(p, x, s):
+    where = x.device
+    return x * 2 if where.type == "cuda" else x
+
+
+def branches_on_parameters_device(p, x, s):
+    return x * 2 if p["w"].get_device() >= 0 else x
+
+
+@pytest.mark.parametrize(
+    "body", [branches_on_cuda, branches_on_device, branches_on_parameters_device]
+)
+def test_branches_on_the_device(body):
+    words = {"branches_on_cuda": "is_cuda", "branches_on_device": "x.device"}
+    line = words.get(body.__name__, "get_device")
+    refused(body, "depends on the device", "the same operations everywhere", line)
+
+
 def without_gradients(p, x, s):
     with torch.no_grad():
         y = x * p["w"]

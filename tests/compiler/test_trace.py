@@ -420,7 +420,19 @@ def products(p, x, positions):
     return x @ up.T @ up + torch.einsum("...e,fe->...f", x, up) @ up + x.matmul(up.mT).matmul(up)
 
 
-WAYS = (by_heads, loops, comprehension, conditions, indexing, methods, products)
+def constants(p, x, positions):
+    steps = torch.arange(16, device=x.device, dtype=x.dtype) / 16
+    scale = torch.tensor(0.5, device=x.device)
+    return x * steps + torch.ones(16, device="cpu").to(x.device, x.dtype) * scale
+
+
+def padding(p, x, positions):
+    return torch.nn.functional.pad(x, (4, 0))[..., :16] + x
+
+
+WAYS = (
+    by_heads, loops, comprehension, conditions, indexing, methods, products, constants, padding,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("step", WAYS, ids=lambda step: step.__name__)
