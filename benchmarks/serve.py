@@ -3,9 +3,9 @@
     python -m benchmarks.serve [--quick] [--json FILE] [--mode eager|compiled|both]
 
 SmolLM2-135M-Instruct, bfloat16, tensor parallel 1, with vLLM's settings the same on all sides.
-Each side is a process of its own that holds its engine; the sides take turns, A B C A B C ..., so
+Each side is a process of its own that holds its engine; the sides take turns, A B C, C B A, ..., so
 that whatever else the machine does, and its clock, hits all alike. The first turn is thrown away.
-A figure is the median over the turns, and a ratio that of two medians.
+A figure is the median over the turns, and a ratio the median of the turns' ratios.
 """
 
 import multiprocessing
@@ -201,7 +201,7 @@ def measure(
             )
             for turn in range(rounds + 1):
                 for load in LOADS:
-                    for side in sides:
+                    for side in sides if turn % 2 else reversed(sides):
                         speed = side.measure(load, seed=turn)
                         if turn > 0:  # the first warms up
                             figures[load.what][side.name].append(speed)
@@ -216,9 +216,8 @@ def to_rows(figures: Figures, mode: str) -> list[Row]:
     """Ours against the better peer of each load."""
     rows = []
     for what, by_side in figures.items():
-        medians = {name: median(values) for name, values in by_side.items()}
-        ours = medians.pop(OURS)
-        rows.append(compare(f"{mode} {what}", ours, medians, UNIT, more_is_better=True))
+        peers = {name: values for name, values in by_side.items() if name != OURS}
+        rows.append(compare(f"{mode} {what}", by_side[OURS], peers, UNIT))
     return rows
 
 

@@ -4,7 +4,7 @@ A ratio above 1 is better for us, whichever direction the unit points.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,14 +27,17 @@ class Row:
 
 
 def compare(
-    what: str, ours: float, peers: Mapping[str, float], unit: str, *, more_is_better: bool
+    what: str, ours: Sequence[float], peers: Mapping[str, Sequence[float]], unit: str
 ) -> Row:
-    """The row of `ours` against the best of `peers`."""
-    best = max if more_is_better else min
-    name = best(peers, key=lambda peer: peers[peer])
-    ratio = ours / peers[name] if more_is_better else peers[name] / ours
-    others = {other: value for other, value in peers.items() if other != name}
-    return Row(what, ours, peers[name], name, ratio, unit, others)
+    """The row of `ours` against the best of `peers`, from the figures of each turn: more is better.
+
+    The ratio is the median of each turn's own: what slows the machine for a while slows both.
+    """
+    medians = {peer: median(values) for peer, values in peers.items()}
+    name = max(medians, key=lambda peer: medians[peer])
+    ratio = median(a / b for a, b in zip(ours, peers[name], strict=True))
+    others = {other: value for other, value in medians.items() if other != name}
+    return Row(what, median(ours), medians[name], name, ratio, unit, others)
 
 
 def spread(values: Iterable[float]) -> float:
