@@ -104,6 +104,9 @@ class _Planner:
         self.plan.tied = bool(shared)
         self.prefix = ""
         self.visit(self.split.head, own, "", skip=shared)
+        if shared:  # tied weights still make a layer, as adapters and the engine expect
+            placed = self.plan.blocks[self.split.head.name].layers
+            placed.update({n: "lm_head" for n in placed if n.target is layers.logits})
         return self.plan
 
     def visit(

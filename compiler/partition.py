@@ -247,7 +247,9 @@ class _BlockPartitioner:
         key = (x, f"{target.__name__}{args}")
         if key not in self.moved:
             new = self.graph.call_function(target, (x, *args, self.axis))
-            new.meta.update(type=x.meta["type"], where=user.meta.get("where", x.meta["where"]))
+            # A sum is asked for by what left it pending; the other collectives by who needs them.
+            asker = x if target is collectives.all_reduce else user
+            new.meta.update(type=x.meta["type"], where=asker.meta.get("where", x.meta["where"]))
             new.meta["placement"] = at
             self.moved[key] = new
         return self.moved[key]

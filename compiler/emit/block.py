@@ -129,13 +129,13 @@ def statements(scope: Scope, nodes: list[fx.Node], indent: int) -> list[str]:
     """The lines that compute some nodes, in order."""
     lines: list[str] = []
     for node in nodes:
-        if node.op in ("placeholder", "get_attr") or _is_part(node):
+        if node.op in ("placeholder", "get_attr") or is_part(node):
             continue
         lines += statement(scope, node, indent)
     return lines
 
 
-def _is_part(node: fx.Node) -> bool:
+def is_part(node: fx.Node) -> bool:
     """Whether a node takes a tuple apart: that is part of the statement that makes the tuple."""
     if not is_call(node, operator.getitem):
         return False

@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
@@ -20,8 +19,9 @@ from compiler.modules import Plan, plan_modules
 from compiler.names import unique
 from compiler.needs import Exact, served_needs, strongest
 from compiler.partition import Partitioned
-from compiler.roll import Loop, roll
+from compiler.roll import Loop
 from compiler.split import Split, split_at_unembedding
+from compiler.stages import root_of, why_one_stage
 from funcmodels import __version__
 from funcmodels.config_json import config_of_fields
 from funcmodels.errors import LoweringError
@@ -42,13 +42,11 @@ def emit_model(program: Partitioned) -> str:
     return _Writer(program, split, plan, loading_of(plan, program.model)).file()
 
 
-@dataclass
-class _Root:
-    """The statements of the model's body around its loop over layers."""
-
-    before: list[fx.Node]
-    loop: Loop | None
-    after: list[fx.Node]
+def module_of(program: Partitioned) -> Module:
+    """An empty file for a program: what its classes' names begin with, and its axes' constants."""
+    name = program.model.name
+    base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name) or name
+    return Module(base, _axes(program.model), Exact(program.needs))
 
 
 class _Writer:
@@ -58,34 +56,17 @@ class _Writer:
         self.split = split
         self.plan = plan
         self.loading = loading
-        base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", self.model.name) or self.model.name
-        self.module = Module(base, _axes(self.model), Exact(program.needs))
+        self.module = module_of(program)
         self.body = Scope(self.module, split.body, plan.blocks["forward"])
         self.head = Scope(self.module, split.head, plan.blocks["compute_logits"])
-        if plan.tied:  # tied weights still make a layer, as adapters and the engine expect
-            placed = self.head.placed.layers
-            placed.update({n: "lm_head" for n in placed if n.target is layers.logits})
-        self.root = self.rolled()
+        self.root = root_of(split.body, self.body.placed)
         (result,) = split.body.results
         self.body.preferred[result] = "hidden_states"
         taken = {self.module.class_name(name) for name in plan.blocks} | {self.model.name}
+        base = self.module.prefix
         self.body_class = unique(
             f"{base}Model" if f"{base}Model" not in taken else f"{base}Body", taken
         )
-
-    def rolled(self) -> _Root:
-        """The body in three, where one loop runs over its layers; else in one."""
-        items = roll(self.split.body, self.body.placed)
-        loops = [i for i, item in enumerate(items) if isinstance(item, Loop)]
-        if len(loops) != 1:
-            nodes = [n for n in self.split.body.graph.nodes if n.op != "output"]
-            return _Root(nodes, None, [])
-        at = loops[0]
-        before = [n for n in items[:at] if isinstance(n, fx.Node)]
-        after = [n for n in items[at + 1 :] if isinstance(n, fx.Node)]
-        loop = items[at]
-        assert isinstance(loop, Loop)
-        return _Root(before, loop, after)
 
     def file(self) -> str:
         blocks = [
@@ -199,20 +180,8 @@ class _Writer:
 
     @property
     def staged(self) -> bool:
-        """Whether the model can be cut into pipeline stages: one loop, fed by nothing else."""
-        loop = self.root.loop
-        if loop is None:
-            return False
-        _, positions = self.split.body.inputs
-        before = set(self.root.before) - {positions}
-        results = set(loop.results)
-        constants = [a for a in loop.pattern if isinstance(a, fx.Node)]
-        for node in [*self.root.after, *loop.calls[:1]]:
-            for used in node.all_input_nodes:
-                first = node is loop.calls[0] and used in loop.initial
-                if used in before and not first and used.op != "get_attr":
-                    return False
-        return bool(results) and all(c is positions for c in constants)
+        """Whether the model can be cut into pipeline stages."""
+        return why_one_stage(self.split.body, self.root) is None
 
     def embedding(self) -> fx.Node:
         """The one operation that reads the tokens."""

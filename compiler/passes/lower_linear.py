@@ -31,9 +31,15 @@ def lower_linear(block: Block) -> Block:
     """
     for node in calls_of(block, torch.einsum, torch.matmul, F.linear):
         product = _product(node)
-        if product is not None:
+        if isinstance(product, _Product):
             _lower(block, node, product)
     return block
+
+
+def why_no_linear(node: fx.Node) -> str | None:
+    """Why a product of an activation and a parameter is no linear layer; None where it may be."""
+    found = _product(node)
+    return found if isinstance(found, str) else None
 
 
 @dataclass
@@ -48,18 +54,22 @@ class _Product:
     bias: fx.Node | None = None
 
 
-def _product(node: fx.Node) -> _Product | None:
-    """The node as a product with one parameter, if it is one that a linear layer can be."""
+def _product(node: fx.Node) -> _Product | str:
+    """The node as a product that a linear layer can be, or why it is none."""
     found = _as_letters(node)
     if found is None:
-        return None
+        return "it is no product of one activation and one matrix"
     shared = set(found.x_letters) & set(found.w_letters)
-    if not shared or shared & set(found.result):
-        return None  # an outer product, or one matrix for each element of a batch
+    if not shared:
+        return "an outer product: it sums over no dim"
+    if shared & set(found.result):
+        return "it applies another matrix to each element of a dim, as to each head"
     if sorted(found.result) != sorted(set(found.x_letters) ^ set(found.w_letters)):
-        return None  # something is summed away on one side alone
+        return "it sums over a dim of one factor alone"
     batch = [c for c in found.x_letters if c not in shared]
-    return found if batch and found.result[: len(batch)] == batch else None
+    if not batch or found.result[: len(batch)] != batch:
+        return "the dims of the tokens do not lead in its result"
+    return found
 
 
 def _as_letters(node: fx.Node) -> _Product | None:
