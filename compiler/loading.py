@@ -183,12 +183,16 @@ def _parts_of(parents: list[str]) -> list[tuple[str, str]]:
 
 def _template(name: str, new: str) -> tuple[str, str]:
     """A pattern for a name with any list index, and the new name with the same indices."""
-    indices = re.findall(r"(?<=\.)\d+(?=\.)", name)
-    pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"(\\d+)", re.escape(name))
-    replaced = new
-    for i, index in enumerate(indices, start=1):
-        replaced = re.sub(rf"(?<=\.){index}(?=\.)", rf"\\{i}", replaced, count=1)
-    return f"^{pattern}$", replaced
+    parts, replaced = name.split("."), new.split(".")
+    found = 0
+    for at in range(1, len(parts) - 1):
+        if parts[at].isdigit():
+            found += 1
+            if parts[at] in replaced[1:-1]:
+                replaced[replaced.index(parts[at], 1)] = f"\\{found}"
+            parts[at] = r"(\d+)"
+    parts = [p if p.isidentifier() or p == r"(\d+)" else re.escape(p) for p in parts]
+    return "^" + r"\.".join(parts) + "$", ".".join(replaced)
 
 
 def _compact(names: list[str]) -> dict[str, tuple[Indices, ...]]:

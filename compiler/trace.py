@@ -39,7 +39,6 @@ from compiler.normalize import is_identity, normalize, on_one_device, where_it_i
 from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
 from compiler.verify import verify
-from funcmodels import tree
 from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
 from funcmodels.source import SourceLine, is_users, users_line
@@ -143,6 +142,7 @@ class _Tracer(TorchFunctionMode):
         self.fake = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.scopes: list[_Scope] = []
         self.recorded: dict[Any, _Recorded] = {}
+        self.metas: dict[Any, Tensor] = {}
         self.paths: dict[int, str] = {}  # id of a parameter -> its path
         self.kinds: dict[int, int] = {}  # id of a parameter -> the number of its kind
         self.numbers: dict[Any, int] = {}
@@ -159,7 +159,8 @@ class _Tracer(TorchFunctionMode):
         self.scopes.append(scope)
         inputs = self._inputs()
         tokens = inputs["tokens"]
-        params = tree.map_with_path(self._parameter, self.model.params)
+        values = [self._parameter(path, param) for path, param in self.model.by_path.items()]
+        params = pytree.tree_unflatten(values, self.model.structure)
         with self.fake:
             for name, value in inputs.items():
                 scope.bind(value, self._node("placeholder", name, value))
@@ -191,8 +192,11 @@ class _Tracer(TorchFunctionMode):
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""
         # Made by the constructor: through the fake mode, a deep model's would take a second.
-        meta = torch.empty(param.shape, dtype=param.dtype or self.dtype, device="meta")
-        value = FakeTensor(self.fake, meta, _CPU)
+        kind = (param.shape, param.dtype)
+        if kind not in self.metas:
+            dtype = param.dtype or self.dtype
+            self.metas[kind] = torch.empty(param.shape, dtype=dtype, device="meta")
+        value = FakeTensor(self.fake, self.metas[kind], _CPU)
         self.paths[id(value)] = path
         self.scopes[-1].own(value, path, param)
         # Parameters of one kind make calls of one block; a number compares faster than all this.
@@ -233,7 +237,10 @@ class _Tracer(TorchFunctionMode):
     ) -> fx.Node:
         node = self.scopes[-1].graph.create_node(op, target, args, kwargs or {})
         node.meta["where"] = users_line()
-        node.meta["type"] = pytree.tree_map_only(Tensor, self._type, value)
+        one = isinstance(value, Tensor)
+        node.meta["type"] = (
+            self._type(value) if one else pytree.tree_map_only(Tensor, self._type, value)
+        )
         return node
 
     def _type(self, value: Tensor) -> TensorType:

@@ -162,11 +162,17 @@ class Model:
         declared = {axis for param in self.by_path.values() for axis in param.axes}
         sharding_.check_table(self.table, declared)
         assert self.specs is not None  # computed now, so that its errors come now
+        assert self.structure is not None
 
     @cached_property
     def by_path(self) -> dict[str, Param]:
         """Every parameter by its path, in the tree's order."""
         return dict(tree.items(self.params))
+
+    @cached_property
+    def structure(self) -> tree.Structure:
+        """What the tree is without its leaves: with those of `by_path`, the tree again."""
+        return tree.structure(self.params)
 
     @cached_property
     def table(self) -> dict[str, str | None]:

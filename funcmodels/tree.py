@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 Tree = Any
+Structure = pytree.TreeSpec
 
 
 def dataclass(cls: type) -> type:
@@ -25,6 +26,11 @@ def dataclass(cls: type) -> type:
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of a tree, in its order."""
     return pytree.tree_leaves(tree)
+
+
+def structure(tree: Tree) -> Structure:
+    """What a tree is without its leaves."""
+    return pytree.tree_structure(tree)
 
 
 def items(tree: Tree) -> Iterator[tuple[str, Any]]:

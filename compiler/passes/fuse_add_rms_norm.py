@@ -70,7 +70,7 @@ def _starts_with_norm(program: Program, block: Block) -> list[str]:
 
 
 def _normed_first(program: Program, value: fx.Node) -> bool:
-    users = sorted(value.users, key=_order(value))
+    users = sorted(value.users)
     if not users or len(tensor_type(value).shape) != 2:
         return False
     first = users[0]
@@ -180,8 +180,7 @@ def _terms(total: fx.Node) -> tuple[fx.Node, fx.Node]:
     a, b = (n for n in total.args if isinstance(n, fx.Node))
     if "pair" in total.meta:
         return a, b
-    order = _order(total)
-    return (b, a) if order(a) <= order(b) else (a, b)
+    return (b, a) if a <= b else (a, b)
 
 
 def _give_pairs(
@@ -239,11 +238,10 @@ def _fuse(block: Block, norm: fx.Node) -> None:
         return
     assert isinstance(total, fx.Node) and isinstance(weight, fx.Node)
     x, residual = _terms(total)
-    order = _order(total)
     for operand in (x, residual):
-        if operand.target in _VIEWS or any(order(u) > order(total) for u in operand.users):
+        if operand.target in _VIEWS or any(u > total for u in operand.users):
             return
-    if order(weight) > order(total):
+    if weight > total:
         total.prepend(weight)
     kind, at = tensor_type(total), total.meta["placement"]
     both = insert(
@@ -272,9 +270,3 @@ def _fuse(block: Block, norm: fx.Node) -> None:
     )
     replace_with(block, norm, normed)
     replace_with(block, total, added)
-
-
-def _order(node: fx.Node) -> Any:
-    """The position of nodes in a graph, as a sort key."""
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    return order.__getitem__
