@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from funcmodels.spec import Model, Param
 
@@ -153,6 +154,8 @@ def target_name(target: Any) -> str:
     """How a node's function is written: `ops.attention`, `torch.einsum`, `F.silu`."""
     if isinstance(target, str):
         return target
+    if isinstance(target, OpOverload):
+        return f"torch.ops.{target}"
     module = getattr(target, "__module__", None) or ""
     name = getattr(target, "__name__", str(target))
     if module.startswith("funcmodels.ops"):

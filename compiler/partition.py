@@ -20,7 +20,7 @@ from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_typ
 from compiler.names import unique
 from compiler.needs import Exact, Need
 from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
-from compiler.rules import RULES, TOKENS, Decision, View, decide, is_cut
+from compiler.rules import RULES, TOKENS, Decision, View, decide, is_cut, vocab_embed
 from compiler.verify import verify
 from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
@@ -183,6 +183,9 @@ class _BlockPartitioner:
             self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
         new = self._local(node, decision)
         self._put(node, new, decision.output)
+        if new.target is vocab_embed:  # now, for each use: the engine's layer sums at once
+            whole = self._collective(new, collectives.all_reduce, (), REPLICATE, node)
+            self.env[node], self.at[node] = whole, REPLICATE
 
     def _local(self, node: fx.Node, decision: Decision) -> fx.Node:
         """The node on one rank: its operands brought to where the rule wants them."""

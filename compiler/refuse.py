@@ -182,6 +182,25 @@ def context(what: str, fix: str) -> TraceError:
     )
 
 
+def transform(name: str) -> TraceError:
+    return TraceError(
+        f"torch.func.{name} inside a model cannot be recorded",
+        got="a function of two halves, of which the second is called later",
+        need="torch.func.vmap, grad, grad_and_value, jvp or jacfwd",
+        from_=users_line(),
+        fix="torch.func.grad of the inner product with the cotangents, or jvp",
+    )
+
+
+def written_below(name: str) -> TraceError:
+    return TraceError(
+        f"torch writes into a tensor by {name} inside a transform",
+        need="operations that make new tensors",
+        from_=users_line(),
+        fix="write this part of the function with other operations, or without the transform",
+    )
+
+
 def branch_on_size(guard: Any, symbols: dict[str, str], where: SourceLine) -> TraceError:
     text = str(guard)
     for symbol, name in symbols.items():

@@ -32,7 +32,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from compiler import refuse
+from compiler import aten, refuse, transforms
 from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, target_name
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
@@ -97,6 +97,7 @@ class _Scope:
         self.params: dict[str, Param] = {}
         self.param_names: dict[int, str] = {}  # id of a parameter -> its name in this block
         self.keep: list[Tensor] = []  # an id is unique only while its tensor lives
+        self.below: list[fx.Node] = []  # what transforms made
 
     def bind(self, value: Tensor, node: fx.Node) -> None:
         self.nodes[id(value)] = node
@@ -151,6 +152,8 @@ class _Tracer(TorchFunctionMode):
         self.guards = 0
         self.takes_gradients = torch.is_grad_enabled()
         self.refused: TraceError | None = None
+        self.below = transforms.Below(self._record_below)
+        self.passing: Any = None  # the function that is at work inside a transform
 
     # The run
 
@@ -166,7 +169,11 @@ class _Tracer(TorchFunctionMode):
                 scope.bind(value, self._node("placeholder", name, value))
             before = set_tracer(self)
             try:
-                with self, _device_reads(self._read_device):
+                with (
+                    self,
+                    _device_reads(self._read_device),
+                    transforms.recorded(self, self.below),
+                ):
                     logits = self._call(self.model.forward, (params, *inputs.values()), {})
             finally:
                 set_tracer(before)
@@ -298,14 +305,13 @@ class _Tracer(TorchFunctionMode):
         self._check_branches()
         refuse.impure(func, args, kwargs)
         args, kwargs = on_one_device(func, args, kwargs, _CPU)
+        if transforms.is_transforming():
+            return self._pass_on(func, args, kwargs)
         try:
             out = result_of(func, args, kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
-        for guard in self.shapes.guards[self.guards :]:
-            if _fixes_a_size(guard.expr):
-                raise refuse.fixes_size(func)
-        self.guards = len(self.shapes.guards)  # else what an operation itself assumes is no branch
+        self._note_guards(func)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
             if is_users(sys._getframe(2).f_code.co_filename):  # not torch's own Python
                 return self._read(func, out)
@@ -322,6 +328,48 @@ class _Tracer(TorchFunctionMode):
         args, kwargs = self._as_nodes(args, func), self._as_nodes(kwargs, func)
         self._bind(self._node("call_function", target, out, args, kwargs), out)
         return out
+
+    # Below transforms
+
+    def _pass_on(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call inside a transform: what becomes of it below is recorded, and not the call."""
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            self.passing = func
+            out = transforms.call(func, args, kwargs)
+            self._note_guards(func)
+            tensors = (isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
+            return out if any(tensors) else self._read(func, out)
+        with transforms.outside(self.below):  # a new tensor depends on nothing that is transformed
+            return self._record_call(func, args, kwargs)
+
+    def _record_below(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Write down an operation of aten that a transform has made."""
+        with torch._C.DisableTorchFunction():
+            out = func(*args, **kwargs)
+        self._note_guards(self.passing)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
+            return out
+        scope = self.scopes[-1]
+        args, kwargs = pytree.tree_map_only(Tensor, _number, (args, kwargs))
+        target, args, kwargs = aten.as_torch(func, args, kwargs, out)
+        viewed = target in (torch.reshape, Tensor.expand) and args[0] is not out
+        if target is aten.same or (viewed and self._type(args[0]) == self._type(out)):
+            scope.bind(out, self._node_of(args[0], func))
+            return out
+        if target is torch.reshape:
+            args = (args[0], _inferred(args[1]))
+        args, kwargs = self._as_nodes(args, func), self._as_nodes(kwargs, func)
+        node = self._node("call_function", target, out, args, kwargs)
+        self._bind(node, out)
+        scope.below += [node, *node.users]
+        return out
+
+    def _note_guards(self, func: Any) -> None:
+        """What an operation itself assumes of sizes is no branch of the user's."""
+        for guard in self.shapes.guards[self.guards :]:
+            if _fixes_a_size(guard.expr):
+                raise refuse.fixes_size(func)
+        self.guards = len(self.shapes.guards)
 
     def _read(self, func: Any, out: Any) -> Any:
         """What Python is told that is no value of a tensor, but differs from run to run."""
@@ -350,13 +398,19 @@ class _Tracer(TorchFunctionMode):
             scope.bind(value, part)
 
     def _return(self, nodes: list[fx.Node]) -> None:
-        self.scopes[-1].graph.output(tuple(nodes))
+        scope = self.scopes[-1]
+        scope.graph.output(tuple(nodes))
+        for node in reversed(scope.below):  # a transform computes more than it needs
+            if not node.users:
+                scope.graph.erase_node(node)
 
     # Blocks
 
     def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Record a block the first time it is called in this way, and a call of it every time."""
         self._check_branches()
+        if transforms.is_transforming():  # no module is called on tensors of a transform
+            return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with torch._C.DisableTorchFunction():  # looking at shapes is no operation of the model
             described = tuple(self._describe(leaf, fn) for leaf in leaves)
@@ -468,6 +522,11 @@ def _line_of(guard: Any) -> SourceLine:
 def _fixes_a_size(guard: Any) -> bool:
     """Whether a guard says that a size is one number: what a loop over tokens unrolls to."""
     return guard.is_Relational and guard.rel_op == "==" and guard.lhs.is_Atom and guard.rhs.is_Atom
+
+
+def _number(value: Tensor) -> Any:
+    """A number that torch has made a tensor of on the way, as a number again."""
+    return value if isinstance(value, FakeTensor) or value.dim() else value.item()
 
 
 def _inferred(shape: tuple) -> tuple:

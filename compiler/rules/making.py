@@ -34,14 +34,14 @@ def repeat_interleave(view: View) -> Decision | None:
     x, repeats = view.tensors[0], view.arg(1, "repeats")
     if not isinstance(repeats, int) or view.arg(2, "dim") is None:
         return None
-    return Decision({x: view.at(x)}, view.at(x))
+    return Decision({x: view.whole(x)}, view.whole(x))
 
 
 @rule(Tensor.repeat)
 def repeat(view: View) -> Decision | None:
     """Along other dims than the cut one."""
     (x,) = view.tensors
-    at, times = view.at(x), view.arg(1, "repeats")
+    at, times = view.whole(x), view.arg(1, "repeats")
     if not isinstance(at, Shard):
         return Decision({x: at}, at)
     dim = at.dim + len(times) - len(view.type(x).shape)

@@ -154,8 +154,8 @@ def squeeze(view: View) -> Decision | None:
 
 @rule(Tensor.expand)
 def expand(view: View) -> Decision | None:
-    x = view.tensors[0]
-    at, sizes = view.at(x), list(view.arg(1, "size"))
+    x = view.tensors[0]  # a pending sum is taken first, of the fewer elements
+    at, sizes = view.whole(x), list(view.arg(1, "size"))
     if not isinstance(at, Shard):
         return Decision({x: at}, by_tokens(view) or at)
     dim = at.dim + len(sizes) - len(view.type(x).shape)

@@ -109,11 +109,14 @@ def check_on_ranks(
         weight = torch.sin(torch.arange(logits.numel(), dtype=logits.dtype)).reshape(logits.shape)
         return (logits * weight).sum() + logits.square().sum() / 10
 
-    def loss(weights: Any) -> tuple[Tensor, Tensor]:
-        logits = program.model.forward(weights, tokens, positions)
-        return loss_of(logits), logits
-
-    grads, want = torch.func.grad(loss, has_aux=True)(weights)
+    # By autograd, not torch.func.grad: that one refuses torch.utils.checkpoint inside a model.
+    whole = fm.tree.map(lambda w: w.detach().clone().requires_grad_(), weights)
+    want = program.model.forward(whole, tokens, positions)
+    given = torch.autograd.grad(
+        loss_of(want), fm.tree.leaves(whole), allow_unused=True, materialize_grads=True
+    )
+    grads = fm.tree.unflatten(whole, dict(zip(dict(fm.tree.items(whole)), given, strict=True)))
+    want = want.detach()
     shards = {
         path: [v.detach().clone().requires_grad_() for v in values]
         for path, values in evaluate.local_weights(local, weights, comm).items()

@@ -1,0 +1,298 @@
+"""torch.func transforms and torch.utils.checkpoint inside a model: recorded right, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch.func import grad, grad_and_value, jacrev, jvp, vjp, vmap
+from torch.utils import checkpoint as checkpointing
+from torch.utils.checkpoint import checkpoint
+
+import funcmodels as fm
+from compiler.ir import target_name
+from compiler.partition import check_tokens_apart, partition
+from compiler.trace import trace
+from compiler.vllm_target import source_for_vllm
+from funcmodels import ops
+from funcmodels.errors import LoweringError, TraceError
+from tests.compiler.programs import (
+    TABLE,
+    allowed,
+    axes,
+    check_on_ranks,
+    inputs_of,
+    small,
+    weights_of,
+)
+
+P = axes()
+PARAMS = {
+    "q": P("heads head_dim hidden"),
+    "k": P("kv_heads head_dim hidden"),
+    "v": P("kv_heads head_dim hidden"),
+    "o": P("hidden heads head_dim"),
+    "up": P("mlp hidden"),
+    "w": P("hidden"),
+    "scale": P("heads"),
+}
+
+
+def model_of(body: Any) -> fm.Model:
+    """embed -> body -> unembed."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        return ops.unembed(body(params, x, positions), params["head"])
+
+    return small(forward, PARAMS, TABLE)
+
+
+# What is recorded
+
+
+def over_heads(p, x, s):
+    """Each head by itself, its weights taken from two layouts."""
+
+    def head(q, o):
+        return F.silu(x @ q.T) @ o.T
+
+    return x + vmap(head, in_dims=(0, 1))(p["q"], p["o"]).sum(0)
+
+
+def over_heads_out(p, x, s):
+    """A function with a constant, a captured value and another place for the mapped dim."""
+
+    def head(q, scale):
+        h = F.linear(x, q) * torch.tensor(2.0) + scale
+        return h / (1 + h.square().sum(-1, keepdim=True)) + torch.arange(4).to(x.dtype)
+
+    h = vmap(head, out_dims=-2)(p["q"], p["scale"])
+    return x + einsum(h, p["o"], "... h d, e h d -> ... e")
+
+
+def over_heads_of_an_activation(p, x, s):
+    """A softmax, a split and a product of each head with itself."""
+    h = einsum(x, p["q"], "... e, h d e -> ... h d")
+
+    def head(y):
+        a, b = y.softmax(-1).split(2, -1)
+        return torch.cat((b, a * torch.where(a > 0.2, a, b)), -1)
+
+    y = vmap(head, in_dims=-2, out_dims=-2)(h)
+    return x + einsum(y, p["o"], "... h d, e h d -> ... e")
+
+
+def nested(p, x, s):
+    """Over heads and, in each, over its rows."""
+
+    def row(q, o):
+        return torch.tanh(x @ q)[..., None] * o
+
+    return x + vmap(vmap(row), in_dims=(0, 1))(p["q"], rearrange(p["o"], "e h d -> d h e")).sum(
+        (0, 1)
+    )
+
+
+def over_several(p, x, s):
+    """A pytree of operands, of which one is not mapped, and a pytree of results."""
+
+    def head(t, scale):
+        return {"a": t["q"] @ t["w"], "b": scale * 2}
+
+    out = vmap(head, in_dims=({"q": 0, "w": None}, 0))({"q": p["q"], "w": p["w"]}, p["scale"])
+    y = out["a"] * out["b"][:, None]
+    return x + einsum(y, p["o"], "h d, e h d -> e")
+
+
+def over_tokens(p, x, s):
+    """Each token by itself."""
+    one = lambda y: torch.relu(p["up"] @ y) @ p["up"]  # noqa: E731
+    for _ in range(x.dim() - 1):
+        one = vmap(one)
+    return x + one(x)
+
+
+def chunks(p, x, s):
+    return x + vmap(lambda q: torch.tanh(x @ q.T) @ q, chunk_size=2)(p["q"]).sum(0)
+
+
+def gradient(p, x, s):
+    """One step of a gradient on each token, as in test-time training."""
+
+    def energy(y):
+        return (torch.sin(p["up"] @ y)).sum()
+
+    step = grad(energy)
+    for _ in range(x.dim() - 1):
+        step = vmap(step)
+    return x - 0.1 * step(x)
+
+
+def gradient_and_value(p, x, s):
+    g, value = grad_and_value(lambda w: (w**3).sum())(p["w"])
+    return x * g + value
+
+
+def tangent(p, x, s):
+    return x + jvp(lambda y: torch.sin(y) @ p["up"].T, (x,), (x * 0 + 1,))[1] @ p["up"]
+
+
+@fm.block
+def a_block(p, x):
+    return torch.relu(x @ p["q"].T)
+
+
+def block_inside(p, x, s):
+    """A block that a transform calls is part of the caller."""
+    h = vmap(lambda q: a_block({"q": q}, x), out_dims=-2)(p["q"])
+    return x + einsum(h, p["o"], "... h d, e h d -> ... e")
+
+
+@fm.block
+def maps_inside(p, x):
+    h = vmap(lambda q: torch.relu(x @ q.T), out_dims=-2)(p["q"])
+    return x + einsum(h, p["o"], "... h d, e h d -> ... e")
+
+
+def inside_a_block(p, x, s):
+    own = {"q": p["q"], "o": p["o"]}
+    return maps_inside(own, maps_inside(own, x))
+
+
+def mlp(p, x):
+    return x + torch.relu(x @ p["up"].T) @ p["up"]
+
+
+def checkpointed(p, x, s):
+    x = checkpoint(mlp, p, x, use_reentrant=False)
+    return checkpointing.checkpoint(lambda y: mlp(p, y), x, use_reentrant=False)
+
+
+@fm.block
+def checkpointed_block(p, x):
+    return checkpoint(mlp, p, x, use_reentrant=False)
+
+
+def checkpoint_in_a_block(p, x, s):
+    return checkpointed_block({"up": p["up"]}, x)
+
+
+def checkpointed_call(p, x, s):
+    return checkpoint(checkpointed_block, {"up": p["up"]}, x, use_reentrant=False)
+
+
+WORK = {
+    body.__name__: body
+    for body in (
+        over_heads, over_heads_out, over_heads_of_an_activation, nested, over_several, over_tokens,
+        chunks, gradient, gradient_and_value, tangent, block_inside, inside_a_block, checkpointed,
+        checkpoint_in_a_block, checkpointed_call,
+    )
+}  # fmt: skip
+
+
+BATCHED = ("over_heads_out", "over_heads_of_an_activation", "over_tokens", "gradient", "chunks")
+
+
+@pytest.mark.parametrize(
+    ("name", "batched"), [*((name, False) for name in WORK), *((name, True) for name in BATCHED)]
+)
+def test_recorded(name, batched):
+    model = model_of(WORK[name])
+    program = trace(model, batched=batched)
+    local = partition(program)
+    tokens, positions = inputs_of(2, 5) if batched else inputs_of(5)
+    for parts in (1, 2, 4):
+        if allowed(local, parts):
+            check_on_ranks(program, local, parts, weights_of(model), tokens, positions)
+    assert allowed(local, 2)
+
+
+@pytest.mark.parametrize("name", ["over_heads", "over_heads_out", "block_inside", "inside_a_block"])
+def test_heads_stay_cut(name):
+    """A vmap over heads is divided over ranks by heads, as what it stands for is."""
+    program = trace(model_of(WORK[name]))
+    local = partition(program)
+    assert not local.gathered
+    assert {target_name(n.target) for b in program.all() for n in b.graph.nodes} & {"torch.matmul"}
+
+
+@pytest.mark.parametrize("name", sorted(set(WORK) - {"chunks", "tangent"}))
+def test_served(name):
+    text = source_for_vllm(model_of(WORK[name]))
+    compile(text, "emitted.py", "exec")
+
+
+def test_lines_are_the_users():
+    program = trace(model_of(over_heads))
+    found = {n.meta["where"].function for n in program.root.graph.nodes if n.op != "output"}
+    assert found <= {"forward", "over_heads", "head", "<lambda>", "test_lines_are_the_users"}
+    assert "head" in found
+
+
+def test_torch_is_as_before():
+    before = checkpointing.CheckpointFunction, torch._functorch.apis.vmap_impl
+    trace(model_of(over_heads))
+    with pytest.raises(TraceError):
+        trace(model_of(lambda p, x, s: vmap(lambda q: q * float(q.sum()))(p["q"]).sum() + x))
+    assert before == (checkpointing.CheckpointFunction, torch._functorch.apis.vmap_impl)
+
+
+# What is refused
+
+A_TENSOR = torch.ones(4, 16)
+
+
+def reads_global(p, x, s):
+    return x + vmap(lambda q: (q * A_TENSOR).sum(0))(p["q"]).sum(0)
+
+
+def branches(p, x, s):
+    return x + vmap(lambda q: q if q.sum() > 0 else -q)(p["q"]).sum((0, 1))
+
+
+def draws(p, x, s):
+    return x + vmap(lambda q: q + torch.randn_like(q), randomness="same")(p["q"]).sum((0, 1))
+
+
+def writes(p, x, s):
+    return x + vmap(lambda q: q.mul_(2))(p["q"]).sum((0, 1))
+
+
+def pulls_back(p, x, s):
+    return x + vjp(torch.sin, x)[1](x)[0]
+
+
+def jacobian(p, x, s):
+    return x + jacrev(torch.sin)(p["w"]).sum(0)
+
+
+REFUSED = {
+    reads_global: ("a tensor from outside the function is read", r"P(...)"),
+    branches: ("needs the value of a tensor", "torch.where"),
+    draws: ("draws random numbers", "take the noise"),
+    writes: ("mul_ writes into a tensor", "bind the result"),
+    pulls_back: (r"torch\.func\.vjp inside a model cannot be recorded", "torch.func.grad"),
+    jacobian: (r"torch\.func\.vjp inside a model cannot be recorded", "torch.func.grad"),
+}
+
+
+@pytest.mark.parametrize("body", REFUSED, ids=lambda body: body.__name__)
+def test_refused(body):
+    match, fix = REFUSED[body]
+    with pytest.raises(TraceError, match=match) as error:
+        trace(model_of(body))
+    assert fix in error.value.lines["fix"]
+    line = body.__code__.co_firstlineno + 1
+    assert str(error.value.lines["from"]).startswith(f"test_transforms.py:{line} in ")
+
+
+def test_a_map_that_mixes_tokens_is_not_served():
+    program = trace(model_of(lambda p, x, s: x + vmap(lambda y: y.softmax(0), 1, 1)(x)))
+    with pytest.raises(LoweringError, match=r"torch\.softmax makes tokens depend") as error:
+        check_tokens_apart(program)
+    assert "test_transforms.py" in str(error.value.lines["from"])
