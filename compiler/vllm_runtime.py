@@ -212,6 +212,15 @@ def own_block(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     return x.narrow(dim, rank * parts // ranks * width, width)
 
 
+def own_block_loader(dim: int, units: int):
+    """Loads a rank's block of a parameter, of which several ranks hold one if there are fewer."""
+
+    def load(param: torch.Tensor, weight: torch.Tensor) -> None:
+        param.data.copy_(own_block(weight, dim=dim, units=units))
+
+    return load
+
+
 def own_values(values: list) -> list:
     """This rank's part of a list with one value a head."""
     n = len(values) // get_tensor_model_parallel_world_size()

@@ -14,7 +14,6 @@ from compiler.ir import Block, TensorType, tensor_type
 from compiler.modules import Placed
 from compiler.placement import Shard
 from compiler.rewrite import is_call
-from funcmodels.errors import LoweringError
 
 
 def emit_block(module: Module, block: Block, placed: Placed) -> list[str]:
@@ -102,17 +101,13 @@ def _bare(scope: Scope, name: str, attr: str) -> list[str]:
     empty = f"torch.empty({', '.join([*sizes, *dtype]) or '()'})"
     lines = [f"        self.{attr} = nn.Parameter({empty}, requires_grad=False)"]
     if isinstance(at, Shard):
-        if not scope.module.exact.divides(at.axis, at.units):
-            raise LoweringError(
-                f'"{at.axis}" may be replicated, but {name} is used outside a vLLM layer',
-                need="an axis that the number of ranks divides",
-                from_=node.meta["where"],
-                fix=f'leave "{at.axis}" out of sharding',
-            )
-        loader = scope.module.use("sharded_weight_loader")
+        if scope.module.exact.divides(at.axis, at.units):
+            loader = f"{scope.module.use('sharded_weight_loader')}({at.dim})"
+        else:  # one block may lie on several ranks
+            loader = f"{scope.module.help('own_block_loader')}({at.dim}, {at.units})"
         lines.append(
             f"        {scope.module.use('set_weight_attrs')}(self.{attr}, "
-            f'{{"weight_loader": {loader}({at.dim})}})'
+            f'{{"weight_loader": {loader}}})'
         )
     return lines
 

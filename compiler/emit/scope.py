@@ -67,6 +67,7 @@ HELPERS_USE = {
     "check_ranks": ("get_tensor_model_parallel_world_size",),
     "drop_tied": ("Iterable", "torch"),
     "note_tensors": ("Iterable", "torch"),
+    "own_block_loader": ("torch",),
     "own_block": (
         "get_tensor_model_parallel_rank",
         "get_tensor_model_parallel_world_size",
@@ -77,6 +78,8 @@ HELPERS_USE = {
     "tensors_to_await": ("product",),
     "warn_length": ("init_logger",),
 }
+# And which of the other helpers.
+HELPERS_CALL = {"own_block_loader": ("own_block",)}
 
 
 @dataclass
@@ -108,6 +111,8 @@ class Module:
     def help(self, name: str) -> str:
         """A helper's name, carried along."""
         self.helpers.add(name)
+        for other in HELPERS_CALL.get(name, ()):
+            self.help(other)
         for needed in HELPERS_USE.get(name, ()):
             self.use(needed)
         return name

@@ -7,6 +7,7 @@ from torch import fx
 
 from compiler import layers
 from compiler.ir import Block, tensor_type
+from compiler.passes.parameter_view import uses_of
 from compiler.placement import Shard
 from compiler.rewrite import calls_of, is_call, is_param, only_user, replace_with
 
@@ -30,6 +31,8 @@ def fuse_bias(block: Block) -> Block:
         bias = next((a for a in added.args if a is not shaped), None)
         if not is_param(bias) or added.kwargs or not _fits(bias, shaped, node):  # type: ignore[arg-type]
             continue
+        if uses_of(block, bias) != {added}:  # type: ignore[arg-type]
+            continue  # a layer's parameters are read by that layer alone
         _move_before(block, bias, node)  # type: ignore[arg-type]
         node.args = (x, weights, (bias,))
         replace_with(block, added, shaped)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from compiler.ir import LocalSize, Sym
 from compiler.placement import Shard
@@ -102,31 +102,28 @@ def _moved(view: View, order: list[int]) -> Decision:
     return Decision({x: at}, out)
 
 
-@rule(torch.transpose)
-def transpose(view: View) -> Decision | None:
-    rank = len(view.type(view.node).shape)
-    a, b = dim_of(view.arg(1, "dim0"), rank), dim_of(view.arg(2, "dim1"), rank)
-    order = list(range(rank))
-    order[a], order[b] = order[b], order[a]
-    return _moved(view, order)
-
-
-@rule(torch.permute)
+@rule(torch.transpose, torch.permute, torch.movedim)
 def permute(view: View) -> Decision | None:
-    rank = len(view.type(view.node).shape)
-    return _moved(view, [dim_of(d, rank) for d in view.arg(1, "dims")])
+    return _moved(view, order_of(view.node))
 
 
-@rule(torch.movedim)
-def movedim(view: View) -> Decision | None:
-    rank = len(view.type(view.node).shape)
+def order_of(node: fx.Node) -> list[int]:
+    """Of a transpose, permute or movedim: which dim of the input each dim of the output is."""
+    view, rank = View(node, {}, ""), len(node.meta["type"].shape)
+    if node.target is torch.permute:
+        return [dim_of(d, rank) for d in view.arg(1, "dims")]
+    if node.target is torch.transpose:
+        a, b = dim_of(view.arg(1, "dim0"), rank), dim_of(view.arg(2, "dim1"), rank)
+        order = list(range(rank))
+        order[a], order[b] = order[b], order[a]
+        return order
     source, to = view.arg(1, "source"), view.arg(2, "destination")
     pairs = zip(*(([d] if isinstance(d, int) else list(d)) for d in (source, to)), strict=True)
     moved = sorted((dim_of(t, rank), dim_of(s, rank)) for s, t in pairs)
     order = [d for d in range(rank) if d not in {s for _, s in moved}]
     for to_dim, from_dim in moved:
         order.insert(to_dim, from_dim)
-    return _moved(view, order)
+    return order
 
 
 @rule(torch.unsqueeze)

@@ -221,7 +221,7 @@ def test_heads_stay_cut(name):
     assert {target_name(n.target) for b in program.all() for n in b.graph.nodes} & {"torch.matmul"}
 
 
-@pytest.mark.parametrize("name", sorted(set(WORK) - {"chunks", "tangent"}))
+@pytest.mark.parametrize("name", WORK)
 def test_served(name):
     text = source_for_vllm(model_of(WORK[name]))
     compile(text, "emitted.py", "exec")
