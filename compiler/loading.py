@@ -6,6 +6,7 @@ import functools
 import re
 from dataclasses import dataclass, field
 from math import prod
+from typing import ClassVar
 
 from compiler.emit.scope import Module
 from compiler.emit.text import literal, quoted, table
@@ -26,7 +27,9 @@ class Loading:
         layouts: pattern of names -> (einops pattern, sizes), for tensors stored in another layout.
         ignored: patterns of names to pass over.
         tied: names under which a tensor may be stored again -> the tensor's own name.
+        head: the tensor that is the table of embedding and unembedding in one.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
+        lora_targets: the same, of the modules that adapters may change.
     """
 
     regex: dict[str, str] = field(default_factory=dict)
@@ -34,20 +37,27 @@ class Loading:
     layouts: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
+    head: str | None = None
     tensors: dict[str, tuple[Indices, ...]] = field(default_factory=dict)
+    lora_targets: dict[str, tuple[Indices, ...]] = field(default_factory=dict)
+    # What the served class needs when it is made, so that it stands above it.
+    helpers: ClassVar = ("AdaptersApart", "ModuleNames", "CheckpointNames")
 
     def tensor_lines(self, module: Module) -> list[str]:
-        """The table `TENSORS`."""
-        rows = {
-            quoted(name): f"[{', '.join(_indices(module, values) for values in indices)}]"
-            for name, indices in self.tensors.items()
-        }
-        return ["# Tensors of its checkpoint; a star stands for an index.", *table("TENSORS", rows)]
+        """The tables `TENSORS` and `LORA_TARGETS`."""
+        return [
+            "# Tensors of its checkpoint; a star stands for an index.",
+            *_names_table(module, "TENSORS", self.tensors),
+            "",
+            "# What of it adapters may change.",
+            *_names_table(module, "LORA_TARGETS", self.lora_targets),
+        ]
 
     def mapper_lines(self, module: Module) -> list[str]:
         """The class attribute `hf_to_vllm_mapper`."""
-        module.use("WeightsMapper")
-        lines = ["    hf_to_vllm_mapper = WeightsMapper("]
+        for name in (*self.helpers, "spelled_out"):
+            module.help(name)
+        lines = ["    hf_to_vllm_mapper = CheckpointNames(", "        LORA_TARGETS,"]
         if self.regex or self.ignored:
             module.use("re")
             lines.append("        orig_to_new_regex={")
@@ -61,7 +71,7 @@ class Loading:
             for part, (new, shard) in self.stacked.items():
                 lines.append(f"            {quoted(part)}: ({quoted(new)}, {literal(shard)}),")
             lines.append("        },")
-        return [*lines, "    )"] if len(lines) > 1 else ["    hf_to_vllm_mapper = WeightsMapper()"]
+        return [*lines, "    )"]
 
     def load_lines(self, module: Module) -> list[str]:
         """The method `load_weights`."""
@@ -70,9 +80,13 @@ class Loading:
         )
         module.help("note_tensors")
         module.help("check_loaded")
+        module.help("read_tensors")
         tied = []
         if self.tied:
             tied = [f"        weights = {module.help('drop_tied')}(weights, {literal(self.tied)})"]
+        if self.head:
+            arguments = f"weights, {quoted(self.head)}, self.lm_head"
+            tied.append(f"        weights = {module.help('add_head')}({arguments})")
         loader = [
             *tied,
             "        weights = note_tensors(weights, self.awaited)",
@@ -81,8 +95,9 @@ class Loading:
             "        check_loaded(self.awaited)",
             "        return loaded",
         ]
+        read = "        weights = read_tensors(weights)"
         if not self.layouts:
-            return [head, *loader]
+            return [head, read, *loader]
         module.use("rearrange")
         module.use("re")
         lines = [
@@ -97,6 +112,7 @@ class Loading:
             "    }",
             "",
             head,
+            read,
             "        weights = ((name, self.relayout(name, w)) for name, w in weights)",
             *loader,
             "",
@@ -127,7 +143,14 @@ def loading_of(plan: Plan, model: Model) -> Loading:
                 loading.layouts[of] = (to.layout, _needed(to))
     loading.ignored = tuple(_glob(p) for p in model.hf_ignored)
     loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
+    if plan.head is not None:
+        (loading.head,) = model.tensor_maps[plan.head].names
+        # A name that no pattern of ignored tensors means.
+        loading.regex[r"^tied_head\.weight$"] = (
+            "lm_head.weight"
+        )
     loading.tensors = _compact(list(plan.tensors))
+    loading.lora_targets = _compact(list(dict.fromkeys(plan.lora_targets)))
     for name, to in plan.tensors.items():
         got = apply(loading, name)
         assert got == (to.param, to.shard), f"{name} would be loaded to {got}, not to {to}"
@@ -176,9 +199,12 @@ def _stacked(plan: Plan) -> Stacked:
 
 
 def _parts_of(parents: list[str]) -> list[tuple[str, str]]:
-    """What to put around a module's name until it means no other: less first."""
+    """What to put around a module's name until it means no other: less first.
+
+    A dot always ends it: quantised tensors have names as `k.qweight`, where `.q` must find nothing.
+    """
     longer = [f".{'.'.join(parents[-n:])}" for n in range(1, len(parents) + 1)]
-    return [("", ""), ("", "."), *((before, ".") for before in longer)]
+    return [("", "."), *((before, ".") for before in longer)]
 
 
 def _template(name: str, new: str) -> tuple[str, str]:
@@ -211,6 +237,15 @@ def _compact(names: list[str]) -> dict[str, tuple[Indices, ...]]:
             for row in rows:
                 out[functools.reduce(lambda p, i: p.replace("*", str(i), 1), row, pattern)] = ()
     return out
+
+
+def _names_table(module: Module, name: str, names: dict[str, tuple[Indices, ...]]) -> list[str]:
+    """Names with stars, each with the values of its indices."""
+    rows = {
+        quoted(pattern): f"[{', '.join(_indices(module, values) for values in indices)}]"
+        for pattern, indices in names.items()
+    }
+    return table(name, rows)
 
 
 def _indices(module: Module, values: Indices) -> str:

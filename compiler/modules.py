@@ -7,6 +7,7 @@ named by its path; `Plan.tensors` then says what the loader has to rename.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,15 +70,18 @@ class Plan:
         blocks: by block name; the root's two parts under "forward" and "compute_logits".
         tensors: checkpoint tensor -> where it goes.
         fused: fused module name -> the checkpoint's module names, for `packed_modules_mapping`.
-        head: module path of the unembedding.
+        lora_targets: the checkpoint's names of linears and embeddings that adapters may change.
         tied: whether the unembedding's table is the embedding's.
+        head: path of that table, where the unembedding is a layer.
     """
 
     inner: str
     blocks: dict[str, Placed] = field(default_factory=dict)
     tensors: dict[str, Destination] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
+    lora_targets: list[str] = field(default_factory=list)
     tied: bool = False
+    head: str | None = None
 
 
 def plan_modules(program: Program, split: Split) -> Plan:
@@ -102,6 +106,11 @@ class _Planner:
         self.visit(self.split.body, own, self.plan.inner)
         shared = set(self.split.head.params) & set(self.split.body.params)
         self.plan.tied = bool(shared)
+        if shared:
+            self.plan.lora_targets.append("lm_head")
+        heads = [n for n in self.split.head.graph.nodes if n.target is layers.logits]
+        tables = [str(param.target) for n in heads for param in n.all_input_nodes]
+        self.plan.head = next((path for path in tables if path in shared), None)
         self.prefix = ""
         self.visit(self.split.head, own, "", skip=shared)
         if shared:  # tied weights still make a layer, as adapters and the engine expect
@@ -124,6 +133,9 @@ class _Planner:
                     if str(param.target) not in skip:
                         kind = _weight_name(node, param)
                         self.send(names[str(param.target)], f"{_join(anchor, attr)}.{kind}")
+                        if node.target not in NORMS:
+                            map_ = self.maps[names[str(param.target)]]
+                            self.lora_target(map_, (map_.axes[:1], map_.axes[1:]))
         for name, attr in placed.bare.items():
             self.send(names[name], _join(anchor, attr))
         for call, attr in placed.calls.items():
@@ -168,6 +180,8 @@ class _Planner:
 
     def layer_name(self, node: fx.Node, names: dict[str, str], anchor: str) -> str:
         """The attribute of a layer: the checkpoint's name for it, below the block's own place."""
+        if node.target is layers.logits:
+            return "lm_head"  # what vLLM's adapters look for, whatever the checkpoint calls it
         weights = [str(p.target) for p in _weights(node)]
         modules = [_module(self.tensor(names[w])) for w in weights]
         parents = {_parent(m) for m in modules}
@@ -217,6 +231,8 @@ class _Planner:
                 path = names[str(param.target)]  # type: ignore[union-attr]
                 leaf = _module(self.tensor(path)).rpartition(".")[2]
                 layout = _layout(self.maps[path], matrix if kind == "weight" else None)
+                if kind == "weight":
+                    self.lora_target(self.maps[path], _sides(self.maps[path], matrix))
                 sizes = self.maps[path].sizes if layout else ()
                 self.plan.tensors[self.maps[path].names[0]] = Destination(
                     f"{module}.{kind}",
@@ -230,6 +246,12 @@ class _Planner:
                     members = self.plan.fused.setdefault(fused, [])
                     if leaf not in members:
                         members.append(leaf)
+
+    def lora_target(self, map_: TensorMap, sides: tuple[Sequence[str], Sequence[str]]) -> None:
+        """Let adapters change a matrix, unless their rows would lie otherwise than the layer's."""
+        stored = re.findall(r"\w+", map_.layout)
+        if all([axis for axis in stored if axis in side] == list(side) for side in sides):
+            self.plan.lora_targets.append(_module(map_.names[0]))
 
     def send(self, path: str, param: str) -> None:
         map_ = self.maps[path]
@@ -290,10 +312,15 @@ def _layout(map_: TensorMap, matrix: layers.Matrix | None) -> str | None:
     if matrix is None:
         want = f"({' '.join(axes)})" if len(axes) > 1 else " ".join(axes)
     else:
-        sides = [[axes[d] for d in dims] for dims in (matrix.out_dims, matrix.in_dims)]
-        want = " ".join(f"({' '.join(s)})" if len(s) > 1 else s[0] for s in sides)
+        want = " ".join(f"({' '.join(s)})" if len(s) > 1 else s[0] for s in _sides(map_, matrix))
     have = " ".join(map_.layout.split())
     return None if have == want else f"{have} -> {want}"
+
+
+def _sides(map_: TensorMap, matrix: layers.Matrix) -> tuple[list[str], list[str]]:
+    """The axes that a product makes, and those it sums over."""
+    made, summed = ([map_.axes[d] for d in dims] for dims in (matrix.out_dims, matrix.in_dims))
+    return made, summed
 
 
 def fused_name(leaves: list[str]) -> str:

@@ -5,17 +5,22 @@ They may use the names that the file imports, and nothing of this package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import product
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
 from vllm import _custom_ops
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 
 class FastRMSNorm(RMSNorm):
@@ -42,6 +47,80 @@ class FastSiluAndMul(SiluAndMul):
         return F.silu(gate).mul_(up)
 
 
+class AdaptersApart:
+    """Requests without an adapter get none.
+
+    For them, vLLM's kernels for CPUs read slot -1, the last adapter: here, an empty one.
+    """
+
+    @property
+    def lora_manager(self):
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager) -> None:  # given here once the layers hold slots
+        self._lora_manager = manager
+        for module in manager.modules.values() if current_platform.is_cpu() else ():
+            for name in ("lora_a_stacked", "lora_b_stacked"):
+                slots = getattr(module, name)
+                several = isinstance(slots, tuple)
+                parts = slots if several else (slots,)
+                longer = tuple(torch.cat([s, torch.zeros_like(s[:1])]) for s in parts)
+                setattr(module, name, longer if several else longer[0])
+            if hasattr(module, "lora_a_stacked_2d"):
+                module.lora_a_stacked_2d = module.lora_a_stacked.flatten(0, 1)
+
+
+class ModuleNames(WeightsMapper):
+    """Names of modules in the checkpoint -> here: adapters and quantisation name modules.
+
+    An adapter for anything but `lora_targets` is refused: vLLM would serve without it.
+    """
+
+    def __init__(self, renamed: dict, lora_targets: dict) -> None:
+        super().__init__()
+        self.renamed = renamed
+        self.lora_targets = lora_targets
+
+    def map_name(self, key: str) -> str:
+        module, of_adapter, _ = key.partition(".lora_")
+        if of_adapter and module not in (targets := spelled_out(self.lora_targets)):
+            raise ValueError(
+                f"this model has no {module} that an adapter could change\n"
+                f"  need: {', '.join(targets[:5])}, or another of {len(targets)} in all\n"
+                "  fix:  name modules in the adapter as the model's checkpoint does"
+            )
+        matches = [(pattern.match(key), new) for pattern, new in self.renamed.items()]
+        found = [(match.end(), match.expand(new)) for match, new in matches if match]
+        end, renamed = max(found, default=(0, ""))
+        return renamed + key[end:]
+
+
+class CheckpointNames(WeightsMapper):
+    """Names of tensors in the checkpoint -> of parameters here.
+
+    The tensors of a quantised module are named as the module is, and end otherwise.
+    """
+
+    def __init__(self, lora_targets: dict, **names) -> None:
+        super().__init__(**names)
+        renamed = {}
+        for pattern, new in self.orig_to_new_regex.items():
+            if new is not None:
+                module = re.sub(r"(\\\.(weight|bias))?\$$", "", pattern.pattern)
+                new = re.sub(r"\.(weight|bias)$", "", new)
+                renamed[re.compile(rf"{module}(?=\.|$)")] = new
+        self.modules = ModuleNames(renamed, lora_targets)
+
+    def get_rename_mapper(self) -> ModuleNames:
+        return self.modules
+
+    def _map_name_with_shard(self, key: str):
+        if not any(pattern.search(key) for pattern in self.orig_to_new_regex):
+            key = self.modules.map_name(key)
+        return super()._map_name_with_shard(key)
+
+
 def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
     """Refuse a folder whose config.json is not the one this file was compiled for."""
     config = vllm_config.model_config.hf_config
@@ -66,6 +145,12 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
         )
 
 
+def spelled_out(table: dict) -> list[str]:
+    """The names of a table, with the stars filled in."""
+    filled = [(name.replace("*", "{}"), product(*indices)) for name, indices in table.items()]
+    return [name.format(*index) for name, indices in filled for index in indices]
+
+
 def tensors_to_await(vllm_config: VllmConfig, tensors: dict) -> set[str]:
     """What the first loading must bring: vLLM leaves a linear that misses its tensor as allocated.
 
@@ -74,19 +159,25 @@ def tensors_to_await(vllm_config: VllmConfig, tensors: dict) -> set[str]:
     """
     if vllm_config.load_config.load_format == "dummy":
         return set()
-    names = set()
-    for name, indices in tensors.items():
-        for index in product(*indices):
-            filled = name.replace("*", "{}").format(*index)
-            quantised = vllm_config.quant_config is not None
-            names.add(filled.rpartition(".")[0] if quantised else filled)
-    return names
+    names = spelled_out(tensors)
+    if vllm_config.quant_config is not None:
+        names = [name.removesuffix(".weight").removesuffix(".bias") for name in names]
+    return set(names)
 
 
 def note_tensors(weights: Iterable[tuple[str, torch.Tensor]], awaited: set[str]):
     """The same weights; each is awaited no more."""
     for name, weight in weights:
         awaited.difference_update((name, name.rpartition(".")[0]))
+        yield name, weight
+
+
+def read_tensors(weights: Iterable[tuple[str, torch.Tensor | str]]):
+    """The same weights; of those that another process sends, the files are named and read here."""
+    for name, weight in weights:
+        if isinstance(weight, str):
+            with safe_open(weight, framework="pt") as file:
+                weight = file.get_tensor(name)
         yield name, weight
 
 
@@ -102,6 +193,18 @@ def drop_tied(weights: Iterable[tuple[str, torch.Tensor]], tied: dict):
             )
         if name not in tied:
             yield name, weight
+
+
+def add_head(weights: Iterable[tuple[str, torch.Tensor]], table: str, head: nn.Module):
+    """The same weights; in an update, when vLLM takes apart what is tied, the head's own too.
+
+    On a CPU the head has packed a copy of the table, which would stay the old one.
+    """
+    is_apart = isinstance(getattr(head, "weight", None), torch.Tensor) and head.weight.is_meta
+    for name, weight in weights:
+        yield name, weight
+        if name == table and is_apart:
+            yield "tied_head.weight", weight
 
 
 def check_loaded(awaited: set[str]) -> None:

@@ -74,9 +74,9 @@ class _Writer:
             for name, block in self.program.blocks.items()
             if name in self.plan.blocks
         ]
-        parts = [*blocks, self.model_class(), self.served_class()]
+        body, served = self.model_class(), self.served_class()
         tensors = self.loading.tensor_lines(self.module)
-        helpers = self.helpers()
+        first, last = self.helpers()
         header = [
             *self.docstring(),
             "",
@@ -89,10 +89,10 @@ class _Writer:
             "",
             *tensors,
         ]
-        written = [*header, *(line for part in parts for line in ["", "", *part])]
-        carried = [line for helper in helpers for line in ["", "", *helper]]
-        lines = [new for line in written for new in wrapped(line)]
-        return "\n".join([*lines, *carried]) + "\n"
+        written = [[new for x in part for new in wrapped(x)] for part in (*blocks, body, served)]
+        parts = [*written[:-1], *first, written[-1], *last]
+        lines = [new for line in header for new in wrapped(line)]
+        return "\n".join([*lines, *(x for part in parts for x in ["", "", *part])]) + "\n"
 
     def docstring(self) -> list[str]:
         function = inspect.unwrap(getattr(self.model.forward, "func", self.model.forward))
@@ -136,16 +136,16 @@ class _Writer:
         groups = [p + f for p, f in zip(plain, names_from, strict=True) if p or f]
         return [line for group in groups for line in ["", *group]][1:]
 
-    def helpers(self) -> list[list[str]]:
-        """The source of the runtime functions that the file uses."""
-        if not self.module.helpers:
-            return []
+    def helpers(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The source of the runtime functions that the file uses: before its last class, after."""
         source = (Path(__file__).parent.parent / "vllm_runtime.py").read_text()  # not imported:
         lines = source.split("\n")  # compiling needs no vLLM
         kinds = (ast.FunctionDef, ast.ClassDef)
-        functions = {n.name: n for n in ast.parse(source).body if isinstance(n, kinds)}
-        found = [functions[name] for name in sorted(self.module.helpers)]
-        return [lines[f.lineno - 1 : f.end_lineno] for f in found]
+        found = [n for n in ast.parse(source).body if isinstance(n, kinds)]
+        text = {f.name: lines[f.lineno - 1 : f.end_lineno] for f in found}
+        first = [text[name] for name in self.loading.helpers]
+        rest = sorted(self.module.helpers - set(self.loading.helpers))
+        return first, [text[name] for name in rest]
 
     # The model without its head
 
@@ -385,7 +385,8 @@ class _Writer:
         for name in ("check_config", "check_ranks", "check_registered", "tensors_to_await"):
             m.help(name)
         logits = self.logits_lines()
-        bases = ["nn.Module", "SupportsLoRA", *(["SupportsPP"] if self.staged else [])]
+        bases = ["nn.Module", m.help("AdaptersApart"), "SupportsLoRA"]
+        bases += ["SupportsPP"] if self.staged else []
         if self.staged:
             m.use("SupportsPP")
         return [

@@ -25,6 +25,7 @@ IMPORTS = {
     "F": "torch.nn",
     "nn": "torch",
     "rearrange": "einops",
+    "safe_open": "safetensors",
     "_custom_ops": "vllm",
     "support_torch_compile": "vllm.compilation.decorators",
     "VllmConfig": "vllm.config",
@@ -58,12 +59,16 @@ IMPORTS = {
     "make_layers": f"{_ROOT}.models.utils",
     "maybe_prefix": f"{_ROOT}.models.utils",
     "set_weight_attrs": f"{_ROOT}.utils",
+    "current_platform": "vllm.platforms",
     "IntermediateTensors": "vllm.sequence",
 }
 # What the helpers of `compiler.vllm_runtime` use of these.
 HELPERS_USE = {
+    "AdaptersApart": ("current_platform", "torch"),
+    "CheckpointNames": ("WeightsMapper", "re"),
     "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
     "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
+    "add_head": ("Iterable", "nn", "torch"),
     "check_ranks": ("get_tensor_model_parallel_world_size",),
     "drop_tied": ("Iterable", "torch"),
     "note_tensors": ("Iterable", "torch"),
@@ -74,8 +79,9 @@ HELPERS_USE = {
         "torch",
     ),
     "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
+    "read_tensors": ("Iterable", "safe_open", "torch"),
     "rms_norm": ("torch",),
-    "tensors_to_await": ("product",),
+    "spelled_out": ("product",),
     "warn_length": ("init_logger",),
 }
 # And which of the other helpers.

@@ -8,8 +8,11 @@ from compiler import collectives, layers
 from compiler.ir import Block
 from compiler.placement import REPLICATE, Shard
 from compiler.rewrite import calls_of, insert, is_call, is_param, only_user, replace_with
-from compiler.rules import vocab_embed
+from compiler.rules import RULES, vocab_embed
+from compiler.rules.elementwise import add, elementwise, linear_unary
 from funcmodels import ops
+
+_ELEMENTWISE = (elementwise, linear_unary, add)
 
 
 def lower_vocab(block: Block) -> Block:
@@ -18,8 +21,8 @@ def lower_vocab(block: Block) -> Block:
         x = vocab_embed(tokens, p.embed); y = all_reduce(x)
     ->  y = vocab_embedding(tokens, p.embed)
 
-        l = unembed(x, p.head); m = all_gather(l, 1)
-    ->  m = logits(x, p.head)
+        l = unembed(x, p.head); m = all_gather(30 * tanh(l / 30), 1)
+    ->  m = 30 * tanh(logits(x, p.head) / 30)
 
     The engine's layers pad a vocabulary that does not divide.
     """
@@ -31,16 +34,27 @@ def lower_vocab(block: Block) -> Block:
             replace_with(block, reduced, new)
     for node in calls_of(block, ops.unembed):
         x, table = node.args
-        gathered = only_user(node)
         if not is_param(table) or table.meta["placement"] != _by_rows(table):  # type: ignore[union-attr]
             continue
+        *between, gathered = _elementwise_from(node)
         if is_call(gathered, collectives.all_gather):
-            assert gathered is not None
-            new = insert(
-                block, gathered, layers.logits, (x, table, gathered.args[-1]), placement=REPLICATE
-            )
-            replace_with(block, gathered, new)
+            axis = gathered.args[-1]
+            new = insert(block, node, layers.logits, (x, table, axis), placement=REPLICATE)
+            for each in between:
+                each.meta["placement"] = REPLICATE
+            replace_with(block, gathered, gathered.all_input_nodes[0])
+            replace_with(block, node, new)
     return block
+
+
+def _elementwise_from(node: fx.Node) -> list[fx.Node]:
+    """What is done to each logit by itself, node by node, and what comes after that."""
+    after = only_user(node)
+    if after is None:
+        return [node]
+    if RULES.get(after.target) in _ELEMENTWISE and after.all_input_nodes == [node]:
+        return [after, *_elementwise_from(after)]
+    return [after]
 
 
 def _by_rows(table: fx.Node) -> Shard | None:

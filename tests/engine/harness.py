@@ -341,10 +341,16 @@ def generate(
     max_tokens: int = 8,
     prompt_logprobs: bool = False,
     num_logprobs: int = 1,
+    adapters: Sequence[Path | None] | None = None,
     **sampling: Any,
 ) -> list[Served]:
-    """Greedy answers to prompts of token ids, all in one batch."""
+    """Greedy answers to prompts of token ids, all in one batch.
+
+    Args:
+        adapters: the folder of each prompt's LoRA adapter, None for a prompt without.
+    """
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     params = SamplingParams(
         temperature=0.0,
@@ -356,8 +362,12 @@ def generate(
         **sampling,
     )
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    loras = None
+    if adapters is not None:
+        number = {folder: i + 1 for i, folder in enumerate(dict.fromkeys(filter(None, adapters)))}
+        loras = [LoRARequest(str(f), number[f], str(f)) if f else None for f in adapters]
     served = []
-    for output in llm.generate(inputs, params, use_tqdm=False):
+    for output in llm.generate(inputs, params, use_tqdm=False, lora_request=loras):
         [answer] = output.outputs
         tops = [{t: lp.logprob for t, lp in row.items()} for row in answer.logprobs]
         tokens = list(answer.token_ids)
