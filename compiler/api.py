@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compiler.check import check
+from compiler.check import Grid, check, check_grid
+from compiler.explain import DEVICES, Device, Explanation, explain
 from compiler.parallel import ParallelContext
 from compiler.register import register
 from compiler.torch_target import CompiledModel, compile_to_torch
@@ -10,12 +11,18 @@ from compiler.trace import trace
 from compiler.vllm_target import compile_to_vllm, emit
 
 __all__ = [
+    "DEVICES",
     "CompiledModel",
+    "Device",
+    "Explanation",
+    "Grid",
     "ParallelContext",
     "check",
+    "check_grid",
     "compile_to_torch",
     "compile_to_vllm",
     "emit",
+    "explain",
     "register",
     "trace",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `funcmodels inspect | emit | check | generate | register | serve`.
+"""The command line: `funcmodels inspect | explain | emit | check | generate | register | serve`.
 
 A model is named by a folder with a config.json that the zoo reads, or by the place of a `fm.Model`
 (or of a function that returns one) in Python: `my_model.py:model`, `package.module:model`.
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 import funcmodels as fm
+from funcmodels.atomic import write_file
 from funcmodels.errors import FuncModelsError
 
 app = typer.Typer(
@@ -36,6 +37,9 @@ Ranks = Annotated[
     list[int] | None,
     typer.Option(min=1, help="tensor-parallel ranks (1); may be repeated"),
 ]
+One = Annotated[int, typer.Option(min=1, help="tensor-parallel ranks")]
+Stages = Annotated[int, typer.Option(min=1, help="pipeline stages")]
+Experts = Annotated[int, typer.Option(min=1, help="ranks that share the experts")]
 Strict = Annotated[bool, typer.Option("--strict", help="refuse operations that would gather")]
 
 
@@ -61,6 +65,49 @@ def inspect(model: ModelName, tp: Ranks = None) -> None:
 
 
 @app.command()
+def explain(
+    model: ModelName,
+    tp: One = 1,
+    pp: Stages = 1,
+    ep: Experts = 1,
+    device: Annotated[
+        str | None, typer.Option(help="estimate times on: a100, h100, h200, b200, mi300x")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: bfloat16, float16, float32")] = (
+        "bfloat16"
+    ),
+    prompt: Annotated[int, typer.Option(min=1, help="tokens to prefill")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="sequences that decode")] = 1,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="tokens of each; as the prompt if not given")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write it as JSON here")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page to look at here")] = None,
+) -> None:
+    """Print what becomes of every parameter and operation, what is sent, and what it costs."""
+    found = fm.explain(
+        find_model(model),
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        dtype=_dtype(dtype),
+        device=device,
+        prompt=prompt,
+        batch=batch,
+        context=context,
+    )
+    if json_file is not None:
+        write_file(json_file, found.to_json().encode())
+    if html is not None:
+        found.to_html(html)
+    for file in (json_file, html):
+        if file is not None:
+            print(file)
+    if json_file is None and html is None:
+        Console().print(found)
+
+
+@app.command()
 def emit(
     model: ModelName,
     output: Annotated[
@@ -79,12 +126,27 @@ def emit(
 
 
 @app.command()
-def check(model: ModelName, tp: Ranks = None) -> None:
-    """Say whether the model can be cut for these numbers of ranks; loads nothing."""
+def check(
+    model: ModelName,
+    tp: Ranks = None,
+    pp: Annotated[
+        list[int] | None, typer.Option(min=1, help="pipeline stages (1); may be repeated")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="print which combinations work, and end with 0")
+    ] = False,
+) -> None:
+    """Say whether the model can be cut for these numbers of ranks and stages; loads nothing."""
     found = find_model(model)
-    for ranks in tp or [1]:
-        fm.check(found, tp=ranks)
-        print(f"{found.name}: tp={ranks} works")
+    answer = fm.check_grid(found, tp=tp or [1], pp=pp or [1])
+    if grid:
+        Console().print(answer)
+        return
+    for error in answer.refused.values():
+        raise error
+    for ranks, stages, _ in answer.layouts:
+        sizes = f"tp={ranks}" + (f", pp={stages}" if pp else "")
+        print(f"{found.name}: {sizes} works")
 
 
 @app.command()
@@ -194,6 +256,16 @@ def _module(place: str) -> Any:
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise CommandError(f"cannot import {place}", got=str(error)) from error
     return module
+
+
+def _dtype(name: str) -> torch.dtype:
+    """A floating dtype of torch's by its name."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CommandError(
+            f"no dtype {name}", need="a floating dtype of torch, as bfloat16", fix="bfloat16"
+        )
+    return found
 
 
 def _tokenizer(folder: Path) -> Any:

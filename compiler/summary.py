@@ -11,6 +11,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from compiler.shown import bytes_text
 from funcmodels.sharding import local_shape
 from funcmodels.spec import Model
 
@@ -72,17 +73,9 @@ def parameter_table(
     table.add_column("axes/sharding")
     for i, ranks in enumerate(tp):
         total = sum(row.local_bytes[i] for row in found)
-        table.add_column(f"tp={ranks}", _bytes(total), justify="right", no_wrap=True)
+        table.add_column(f"tp={ranks}", bytes_text(total), justify="right", no_wrap=True)
     for row in found:
         axes = [f"{a}/{m}" if m else a for a, m in zip(row.axes, row.sharding, strict=True)]
         shape = "×".join(map(str, row.shape)) or "scalar"
-        table.add_row(row.path, shape, " ".join(axes), *map(_bytes, row.local_bytes))
+        table.add_row(row.path, shape, " ".join(axes), *map(bytes_text, row.local_bytes))
     return table
-
-
-def _bytes(size: float) -> str:
-    """1152 as `1.2 kB`."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"

@@ -43,12 +43,12 @@ def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
 
 def source_for_vllm(model: Model, *, strict: bool = False) -> str:
     """The Python text of a model's vLLM class: a file that needs torch and vLLM only."""
-    with _uncollected():
+    with uncollected():
         return emit_model(lower_to_vllm(model, strict=strict))
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile: each would walk all of torch, 0.1 s, and find little."""
     enabled = gc.isenabled()
     gc.disable()

@@ -16,12 +16,18 @@ from funcmodels.spec import Axes, Model, Param, axes
 
 if TYPE_CHECKING:
     from compiler.api import (
+        DEVICES,
         CompiledModel,
+        Device,
+        Explanation,
+        Grid,
         ParallelContext,
         check,
+        check_grid,
         compile_to_torch,
         compile_to_vllm,
         emit,
+        explain,
         register,
         trace,
     )
@@ -29,8 +35,14 @@ if TYPE_CHECKING:
 # The compiler is imported on first use, so that training never pays for it, and never needs vLLM.
 _COMPILER = {
     "CompiledModel": "compiler.api",
+    "DEVICES": "compiler.api",
+    "Device": "compiler.api",
+    "Explanation": "compiler.api",
+    "Grid": "compiler.api",
     "ParallelContext": "compiler.api",
     "check": "compiler.api",
+    "check_grid": "compiler.api",
+    "explain": "compiler.api",
     "emit": "compiler.api",
     "compile_to_torch": "compiler.api",
     "compile_to_vllm": "compiler.api",
@@ -41,8 +53,12 @@ _COMPILER = {
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEVICES",
     "Axes",
     "CompiledModel",
+    "Device",
+    "Explanation",
+    "Grid",
     "Model",
     "ParallelContext",
     "Param",
@@ -50,10 +66,12 @@ __all__ = [
     "axes",
     "block",
     "check",
+    "check_grid",
     "compile_to_torch",
     "compile_to_vllm",
     "emit",
     "errors",
+    "explain",
     "generate",
     "init",
     "load",

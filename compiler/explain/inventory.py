@@ -1,0 +1,499 @@
+"""A lowered program -> what each of its blocks holds, computes and sends, on one rank.
+
+Nothing is decided here: modules are where `compiler.modules` places them, statements and
+constructors are those that `compiler.emit` writes, stages are those of `compiler.stages`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from compiler import collectives, layers
+from compiler.check import padded
+from compiler.emit.block import is_part, statement
+from compiler.emit.layers import BUILDERS, Layer
+from compiler.emit.model import module_of
+from compiler.emit.scope import Scope
+from compiler.explain.records import BlockView, Collective, Parameter, Stage, Step, Work
+from compiler.explain.why import is_product, is_view, why_plain
+from compiler.ir import MODEL_DTYPE, Block, LocalSize, Sym, TensorType, binding, target_name
+from compiler.modules import NORMS, Placed, plan_modules
+from compiler.partition import Partitioned
+from compiler.placement import Shard
+from compiler.rewrite import is_param
+from compiler.rules import letters_of
+from compiler.split import split_at_unembedding
+from compiler.stages import layers_of_stages, root_of
+from funcmodels import ops
+from funcmodels.source import SourceLine
+from funcmodels.spec import Param
+
+_VOCAB_LAYERS = (layers.vocab_embedding, layers.logits)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model is explained for: ranks, stages, and dtypes of weights and KV cache."""
+
+    tp: int
+    pp: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """A module of a block: where it is, its parameters' paths, and the stages it is on."""
+
+    module: str
+    names: dict[str, str]
+    held: tuple[int, ...]
+    runs: int
+
+
+class Inventory:
+    """The blocks of a served model, and the totals of each pipeline stage."""
+
+    def __init__(self, program: Partitioned, setting: Setting) -> None:
+        self.program = program
+        self.setting = setting
+        self.split = split_at_unembedding(program)
+        self.plan = plan_modules(program, self.split)
+        self.root = root_of(self.split.body, self.plan.blocks["forward"])
+        self.module = module_of(program)
+        self.gathered = {g.where for g in program.gathered}
+        self.texts: dict[SourceLine, str] = {}
+        self.instances: dict[str, list[_Instance]] = {}
+        own = {name: name for name in program.root.params}
+        everywhere = tuple(range(setting.pp))
+        self._find(self.split.body, _Instance(self.plan.inner, own, everywhere, 0))
+        has_logits = any(
+            n.target is layers.logits for n in self.plan.blocks["compute_logits"].layers
+        )
+        last = setting.pp - 1
+        held = (last,) if has_logits else everywhere
+        self._find(self.split.head, _Instance("", own, held, last))
+
+    def blocks(self) -> tuple[BlockView, ...]:
+        """The body, the blocks that it calls, callers first, and the output layer."""
+        called = [self.program.blocks[name] for name in self.instances if name not in _ROOTS]
+        return tuple(map(self._view, [self.split.body, *called, self.split.head]))
+
+    def stages(self, blocks: tuple[BlockView, ...]) -> tuple[Stage, ...]:
+        """The totals of each stage."""
+        count = self.setting.pp
+        loop = self.root.loop
+        numbers = layers_of_stages(len(loop.calls), count) if loop else [range(0)]
+        sends = [0] * count
+        if count > 1 and loop is not None:
+            sends = [sum(map(self._bytes, loop.results))] * (count - 1) + [0]
+        return tuple(_stage(i, blocks, numbers[i], sends[i]) for i in range(count))
+
+    # Where blocks are
+
+    def _find(self, block: Block, at: _Instance) -> None:
+        self.instances.setdefault(block.name, []).append(at)
+        placed = self.plan.blocks[block.name]
+        for call, attr in placed.calls.items():
+            inner = {k: at.names[v] for k, v in binding(call).items()}
+            held, runs = at.held, at.runs
+            if block is self.split.body:
+                held, runs = self._stages_of(call)
+            module = f"{at.module}.{attr}" if at.module else attr
+            callee = self.program.blocks[str(call.target)]
+            self._find(callee, _Instance(module, inner, held, runs))
+
+    def _stages_of(self, node: fx.Node) -> tuple[tuple[int, ...], int]:
+        """The stages that hold a statement of the body's, and the one that runs it."""
+        last, loop = self.setting.pp - 1, self.root.loop
+        everywhere = tuple(range(last + 1))
+        if loop is not None and node in loop.calls:
+            number = loop.calls.index(node)
+            cut = layers_of_stages(len(loop.calls), last + 1)
+            stage = next(i for i, numbers in enumerate(cut) if number in numbers)
+            return (stage,), stage
+        runs = last if node in self.root.after else 0
+        if node not in self.plan.blocks["forward"].layers:
+            return everywhere, runs  # bare parameters and single blocks are made on all
+        if self.plan.tied and node.target is layers.vocab_embedding:
+            return tuple(dict.fromkeys((0, last))), runs
+        return (runs,), runs
+
+    def _held(self, block: Block, node: fx.Node, at: _Instance) -> tuple[int, ...]:
+        if block is self.split.body and node.op == "call_function":
+            return self._stages_of(node)[0]
+        return at.held
+
+    # One block
+
+    def _view(self, block: Block) -> BlockView:
+        placed = self.plan.blocks[block.name]
+        scope = Scope(self.module, block, placed)
+        for node in block.inputs:
+            scope.bind(node)
+        made: dict[fx.Node, Layer] = {}
+        steps = tuple(self._steps(block, scope, made))
+        at = self.instances[block.name]
+        runs = [i.runs for i in at]
+        stages = tuple(runs.count(s) for s in range(self.setting.pp))
+        results = tuple(dict.fromkeys(_maker(r).name for r in block.results))
+        root = block.name in _ROOTS
+        return BlockView(
+            block.name,
+            self.program.model.name if root else self.module.class_name(block.name),
+            tuple(i.module for i in at),
+            stages,
+            tuple(n.name for n in block.inputs),
+            steps,
+            results,
+            _defined(block),
+            tuple(self._parameters(block, placed, made)),
+            tuple((k, repr(v)) for k, v in block.static.items() if isinstance(v, _PLAIN)),
+        )
+
+    def _steps(self, block: Block, scope: Scope, made: dict[fx.Node, Layer]) -> Iterator[Step]:
+        for node in block.graph.nodes:
+            if node.op not in ("call_function", "call_module") or is_part(node):
+                continue
+            code = "\n".join(statement(scope, node, 0))
+            attr = scope.placed.layers.get(node, scope.placed.calls.get(node, ""))
+            if node in scope.placed.layers:
+                made[node] = BUILDERS[node.target](scope, node, attr)
+            where = node.meta["where"]
+            kind = self._kind(node, made)
+            plain = kind in ("plain", "view")
+            yield Step(
+                name=node.name,
+                kind=kind,
+                title=self._title(node, made),
+                attr=attr,
+                code=code,
+                where=where,
+                text=self._text(where),
+                shape=self._shape(node),
+                arguments=tuple(made[node].arguments) if node in made else (),
+                why=why_plain(node, self.gathered) if plain else "",
+                inputs=_inputs(node),
+                parameters=tuple(str(n.target) for n in node.all_input_nodes if is_param(n)),
+                work=self._work(block, node),
+                collective=self._collective(block, node),
+                is_product=kind == "plain" and is_product(node),
+            )
+
+    def _kind(self, node: fx.Node, made: dict[fx.Node, Layer]) -> str:
+        if node.op == "call_module":
+            return "block"
+        if node in made:
+            return "layer"
+        if node.target in (collectives.all_reduce, collectives.all_gather):
+            return "collective" if self.setting.tp > 1 else "view"
+        return "view" if is_view(node) else "plain"
+
+    def _title(self, node: fx.Node, made: dict[fx.Node, Layer]) -> str:
+        if node in made:
+            return made[node].constructor
+        return str(node.target) if node.op == "call_module" else target_name(node.target)
+
+    def _text(self, where: SourceLine) -> str:
+        if where not in self.texts:
+            self.texts[where] = linecache.getline(where.file, where.line).strip()
+        return self.texts[where]
+
+    # Sizes on one rank
+
+    def _local(self, node: fx.Node, i: int = 0) -> tuple[Any, ...]:
+        """The shape of a value on one rank; of a tuple, that of one of its parts."""
+        type_, at = node.meta["type"], node.meta["placement"]
+        if not isinstance(type_, TensorType):
+            type_, at = type_[i], at[i] if isinstance(at, tuple) else at
+        shape = list(type_.shape)
+        if isinstance(at, Shard) and isinstance(size := shape[at.dim], int):
+            shape[at.dim] = self._share(at, size)
+        return tuple(shape)
+
+    def _share(self, at: Shard, size: int) -> int:
+        """What a rank has of a size that is cut into blocks."""
+        return LocalSize(at.units, size // at.units, at.axis, "tp").at(self.setting.tp)
+
+    def _shape(self, node: fx.Node) -> str:
+        return "[" + ", ".join(map(str, self._local(node))) + "]"
+
+    def _itemsize(self, dtype: torch.dtype) -> int:
+        return (self.setting.dtype if dtype == MODEL_DTYPE else dtype).itemsize
+
+    def _bytes(self, node: fx.Node) -> int:
+        """Bytes of a whole value for each token."""
+        type_: TensorType = node.meta["type"]
+        return _per_token(type_.shape) * self._itemsize(type_.dtype)
+
+    def _param_shape(self, node: fx.Node, layer: bool) -> tuple[int, ...]:
+        """What a rank holds of a parameter; of a vocabulary, with the rows of padding."""
+        shape = self._local(node)
+        if layer and all(user.target in _VOCAB_LAYERS for user in node.users):
+            shape = (padded(node.meta["type"].shape[0]) // self.setting.tp, *shape[1:])
+        return shape
+
+    # What a node costs
+
+    def _work(self, block: Block, node: fx.Node) -> Work:
+        found = self._layer_work(node) if node.op == "call_function" else Work()
+        if block is self.split.head and found != Work():
+            return Work(found.flops, found.weight_bytes, found.token_bytes, is_per_sample=True)
+        return found
+
+    def _layer_work(self, node: fx.Node) -> Work:
+        if node.target is layers.attention:
+            return self._attention_work(node)
+        params = [n for n in node.all_input_nodes if is_param(n)]
+        in_layer = node.target in BUILDERS
+        sizes = [prod(self._param_shape(n, in_layer)) for n in params]
+        weights = sum(
+            n * self._itemsize(p.meta["type"].dtype) for n, p in zip(sizes, params, strict=True)
+        )
+        if node.target in (layers.vocab_embedding, ops.embed) or _is_lookup(node):
+            return Work(token_bytes=self._bytes(node))
+        if node.target is layers.linear:
+            matrices = node.args[1]
+            flops = sum(2 * prod(self._param_shape(w, True)) for w in matrices)  # type: ignore[union-attr,arg-type]
+            return Work(flops, weights)
+        if node.target is layers.logits:
+            return Work(2 * sizes[0], weights)
+        return Work(self._product_flops(node), weights)
+
+    def _attention_work(self, node: fx.Node) -> Work:
+        s: Any = node.kwargs
+        q, k = node.args[0], node.args[1]
+        dims = s["head_dim"] + s["v_head_dim"]
+        heads, kv_heads = self._heads(q, s["heads"]), self._heads(k, s["kv_heads"])
+        return Work(
+            attention_flops=2 * heads * dims,
+            kv_bytes=kv_heads * dims * self.setting.kv_dtype.itemsize,
+            window=s.get("window"),
+        )
+
+    def _heads(self, x: Any, count: int) -> int:
+        at = x.meta["placement"]
+        if not isinstance(at, Shard):
+            return count
+        return self._share(at, count)
+
+    def _product_flops(self, node: fx.Node) -> int:
+        """Multiplications and additions of a plain product for each token, on one rank."""
+        if node.target is torch.einsum:
+            equation, *operands = node.args
+            shapes = [self._local(n) for n in operands]  # type: ignore[arg-type]
+            terms = letters_of(str(equation), list(map(len, shapes))) or []
+            sizes = {
+                letter: _per_token((n,))
+                for letters, shape in zip(terms, shapes, strict=False)
+                for letter, n in zip(letters, shape, strict=True)
+            }
+            return 2 * prod(sizes.values())
+        if node.target in (torch.matmul, F.linear, ops.unembed):
+            x = node.args[0]
+            return 2 * _per_token(self._local(node)) * _per_token(self._local(x)[-1:])  # type: ignore[arg-type]
+        return 0
+
+    # What ranks send each other
+
+    def _collective(self, block: Block, node: fx.Node) -> Collective | None:
+        if self.setting.tp == 1 or node.op != "call_function":
+            return None
+        kind, why = self._asks_for(node)
+        if not kind:
+            return None
+        size = self._bytes(node)
+        if node.target is layers.logits:
+            vocab = node.meta["type"].shape[-1]
+            size = size // vocab * padded(vocab)
+        share = (self.setting.tp - 1) / self.setting.tp
+        wire = round(size * share * (2 if kind == "all_reduce" else 1))
+        return Collective(kind, size, block is self.split.head, wire, why)
+
+    def _asks_for(self, node: fx.Node) -> tuple[str, str]:
+        if node.target is layers.linear and node.kwargs["kind"] == "row":
+            at = node.args[0].meta["placement"]  # type: ignore[union-attr]
+            over = f' over "{at.axis}"' if isinstance(at, Shard) else ""
+            return "all_reduce", f"each rank has a part of the sum{over}"
+        if node.target is layers.vocab_embedding:
+            return "all_reduce", "each rank has the rows of a part of the vocabulary"
+        if node.target is layers.logits:
+            return "all_gather", "each rank has the logits of a part of the vocabulary"
+        if node.target is collectives.all_reduce:
+            return "all_reduce", "each rank has a part of a sum that all need"
+        if node.target is collectives.all_gather:
+            user = next(iter(node.users))
+            name = target_name(user.target) if user.op != "output" else "what comes after"
+            if node.meta["where"] in self.gathered:
+                return "all_gather", f"{name} has no sharding rule for a cut dim"
+            return "all_gather", f"{name} needs all of it"
+        return "", ""
+
+    # Parameters
+
+    def _parameters(
+        self, block: Block, placed: Placed, made: dict[fx.Node, Layer]
+    ) -> Iterator[Parameter]:
+        for node, attr in placed.layers.items():
+            for param, leaf, part in _parts(node):
+                if block is self.split.head and self.plan.tied and node.target is layers.logits:
+                    continue  # the embedding's own
+                yield from self._folded(block, node, param, made[node], f"{attr}.{leaf}", part)
+        for name, attr in placed.bare.items():
+            param = next(
+                n for n in block.graph.nodes if n.op == "get_attr" and str(n.target) == name
+            )
+            yield from self._folded(block, param, param, None, attr, "")
+
+    def _folded(
+        self, block: Block, node: fx.Node, param: fx.Node, layer: Layer | None, attr: str, part: str
+    ) -> Iterator[Parameter]:
+        """A parameter of a block in each of its modules, those of one name together."""
+        found: dict[tuple[str, str], list[_Instance]] = {}
+        name = str(param.target)
+        for at in self.instances[block.name]:
+            module = f"{at.module}.{attr}" if at.module else attr
+            found.setdefault((folded(at.names[name]), folded(module)), []).append(at)
+        for (path, module), at in found.items():
+            held = [s for i in at for s in self._held(block, node, i)]
+            yield self._parameter(
+                block.params[name],
+                param,
+                layer,
+                name=name,
+                step=node.name if layer is not None else "",
+                path=path,
+                paths=tuple(i.names[name] for i in at),
+                module=module,
+                part=part,
+                lora=layer is not None and node.target in (layers.linear, *_VOCAB_LAYERS),
+                quantisable=layer is not None and node.target is layers.linear,
+                stages=tuple(held.count(s) for s in range(self.setting.pp)),
+            )
+
+    def _parameter(
+        self,
+        declared: Param,
+        node: fx.Node,
+        layer: Layer | None,
+        *,
+        name: str,
+        step: str,
+        path: str,
+        paths: tuple[str, ...],
+        module: str,
+        part: str,
+        lora: bool,
+        quantisable: bool,
+        stages: tuple[int, ...],
+    ) -> Parameter:
+        weight = module.endswith(".weight")
+        # A layer that is not told a dtype has the model's, whatever was declared.
+        told = layer is None or any("dtype=" in a for a in layer.arguments)
+        dtype = (declared.dtype if told else None) or self.setting.dtype
+        shape = self._param_shape(node, layer is not None)
+        at, tp = node.meta["placement"], self.setting.tp
+        extra = prod(shape) - prod(self._local(node))
+        return Parameter(
+            name=name,
+            step=step,
+            path=path,
+            paths=paths,
+            shape=declared.shape,
+            axes=declared.axes,
+            local_shape=shape,
+            dtype=str(dtype).removeprefix("torch."),
+            bytes=prod(shape) * dtype.itemsize,
+            padding=max(0, extra) * dtype.itemsize,
+            replicas=max(1, tp // at.units) if isinstance(at, Shard) else tp,
+            layer=layer.constructor if layer else "nn.Parameter",
+            module=module,
+            part=part,
+            is_quantisable=quantisable and weight,
+            is_lora_target=lora and weight,
+            where=declared.where,
+            stages=stages,
+        )
+
+
+_ROOTS = ("forward", "compute_logits")
+_PLAIN = (int, float, str, bool, type(None))
+
+
+def folded(path: str) -> str:
+    """`layers.3.attn.q` as `layers.*.attn.q`."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _stage(i: int, blocks: tuple[BlockView, ...], numbers: range, sends: int) -> Stage:
+    counts: dict[str, int] = {}
+    size = kv = 0
+    for block in blocks:
+        for step in block.steps:
+            kv += step.work.kv_bytes * block.stages[i]
+            if step.collective is not None and block.stages[i]:
+                kind = step.collective.kind
+                counts[kind] = counts.get(kind, 0) + block.stages[i]
+                size += step.collective.bytes * block.stages[i]
+    weights = sum(p.bytes * p.stages[i] for block in blocks for p in block.parameters)
+    return Stage(tuple(numbers), weights, kv, counts, size, sends)
+
+
+def _parts(node: fx.Node) -> Iterator[tuple[fx.Node, str, str]]:
+    """The parameters of a layer, each with its name in the layer, and which part of that it is."""
+    if node.target is layers.linear:
+        weights: Any = node.args[1]
+        biases: Any = node.args[2]
+        parts = ("q", "k", "v") if node.kwargs["kind"] == "qkv" else range(len(weights))
+        several = len(weights) > 1
+        for leaf, params in (("weight", weights), ("bias", biases)):
+            for part, param in zip(parts, params, strict=False):
+                yield param, leaf, str(part) if several else ""
+        return
+    params = [n for n in node.all_input_nodes if is_param(n)]
+    if node.target in (*NORMS, *_VOCAB_LAYERS):
+        for param, leaf in zip(params, ("weight", "bias"), strict=False):
+            yield param, leaf, ""
+
+
+def _is_lookup(node: fx.Node) -> bool:
+    """Whether rows of a table are taken by index: of it, only those are read."""
+    return node.target in (F.embedding, torch.index_select) and is_param(node.args[0])
+
+
+def _per_token(shape: tuple[Any, ...]) -> int:
+    """The elements of a shape for each token."""
+    return prod(n.at({"num_tokens": 1}) if isinstance(n, Sym) else int(n) for n in shape)
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The node that made a value: of a part of a tuple, the one that made the tuple."""
+    while is_part(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def _inputs(node: fx.Node) -> tuple[str, ...]:
+    made = (_maker(n).name for n in node.all_input_nodes if not is_param(n))
+    return tuple(dict.fromkeys(made))
+
+
+def _defined(block: Block) -> SourceLine | None:
+    """The line that a block's function is defined on."""
+    function: Any = block.function
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(inspect.unwrap(function), "__code__", None) if function else None
+    return code and SourceLine(code.co_filename, code.co_firstlineno, code.co_name)

@@ -1,0 +1,211 @@
+"""An explanation as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from compiler.explain.records import BlockView, Parameter, Step
+from compiler.explain.roofline import Estimate, Phase
+from compiler.shown import bytes_text, quantity, seconds_text
+
+if TYPE_CHECKING:
+    from compiler.explain.report import Explanation
+
+
+def tables(found: Explanation) -> Iterator[Table]:
+    """The totals, the parameters of each block, what is left to torch, what is sent, and times."""
+    yield _totals(found)
+    for block in found.blocks:
+        if block.parameters:
+            yield _parameters(found, block)
+    if found.plain:
+        yield _plain(found)
+    if found.collectives:
+        yield _collectives(found)
+    if found.estimate is not None:
+        yield _times(found.estimate)
+
+
+def layout(found: Explanation) -> str:
+    """`tp=8, pp=2: 16 ranks`."""
+    sizes = [f"{n}={v}" for n, v in (("tp", found.tp), ("pp", found.pp), ("ep", found.ep)) if v > 1]
+    ranks = found.tp * found.pp
+    return f"{', '.join(sizes)}: {ranks} ranks" if sizes else "one rank"
+
+
+def times(block: BlockView) -> str:
+    """`×126`, or nothing where there is one."""
+    return f" ×{block.count}" if block.count > 1 else ""
+
+
+def title_of(block: BlockView) -> str:
+    """`decoder_layer ×126 (my_model.py:20 in decoder_layer)`."""
+    where = f" ({block.where})" if block.where else ""
+    return f"{block.name}{times(block)}{where}"
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """A table whose columns that end in `>` are of numbers."""
+    table = Table(
+        title=Text(title, style="bold"),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for name in columns:
+        right = name.endswith(">")
+        table.add_column(name.rstrip(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _totals(found: Explanation) -> Table:
+    table = _table(
+        f"{found.model}: {found.num_parameters:,} parameters, {layout(found)}, {found.dtype}",
+        "stage",
+        "layers",
+        "weights>",
+        "KV/token>",
+        "collectives/step",
+        "of them/token>",
+        "to the next>",
+        caption="Of one rank. Below, bytes are of one parameter on one rank; "
+        "Q: quantisable, L: LoRA target.",
+    )
+    for i, stage in enumerate(found.stages):
+        counts = ", ".join(f"{n} {kind}" for kind, n in stage.collectives.items())
+        table.add_row(
+            str(i),
+            _range(stage.layers),
+            bytes_text(stage.weights),
+            bytes_text(stage.kv_per_token),
+            counts or "none",
+            bytes_text(stage.collective_bytes),
+            bytes_text(stage.sends) if stage.sends else "",
+        )
+    return table
+
+
+def _range(numbers: tuple[int, ...]) -> str:
+    return "-".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) if numbers else ""
+
+
+def flags(parameter: Parameter) -> str:
+    """`QL`: it can be quantised, and adapted."""
+    return ("Q" if parameter.is_quantisable else "") + ("L" if parameter.is_lora_target else "")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def remark(parameter: Parameter, tp: int) -> str:
+    """What of a parameter's bytes is no share of it: padding, or the same on several ranks."""
+    found = []
+    if parameter.padding:
+        found.append(f"{bytes_text(parameter.padding)} of padding")
+    if 1 < parameter.replicas < tp:
+        found.append(f"each part on {parameter.replicas} ranks")
+    elif parameter.replicas == tp > 1:
+        found.append("on every rank")
+    return ", ".join(found)
+
+
+def _parameters(found: Explanation, block: BlockView) -> Table:
+    table = _table(
+        title_of(block),
+        "parameter",
+        "shape>",
+        "on a rank>",
+        "bytes>",
+        "layer",
+        "module",
+        "",
+        "",
+    )
+    for p in block.parameters:
+        part = f" [{p.part}]" if p.part else ""
+        row = [p.path, shape_text(p.shape), shape_text(p.local_shape), bytes_text(p.bytes)]
+        row += [p.layer, p.module + part, flags(p), remark(p, found.tp)]
+        table.add_row(*map(Text, row))
+    return table
+
+
+def plain_rows(found: Explanation) -> list[tuple[Step, int]]:
+    """What is left to torch, with how often it is there; what several blocks share, once."""
+    return _counted(found.plain, lambda step: (step.where, step.code, step.why))
+
+
+def collective_rows(found: Explanation) -> list[tuple[Step, int]]:
+    """The collectives, with how often they are there; what several blocks share, once."""
+    return _counted(found.collectives, lambda step: (step.where, step.collective))
+
+
+def _counted(
+    steps: Sequence[tuple[BlockView, Step]], key: Callable[[Step], Any]
+) -> list[tuple[Step, int]]:
+    first: dict[Any, Step] = {}
+    counts: Counter[Any] = Counter()
+    for block, step in steps:
+        first.setdefault(key(step), step)
+        counts[key(step)] += block.count
+    return [(step, counts[k]) for k, step in first.items()]
+
+
+def _plain(found: Explanation) -> Table:
+    table = _table("Left to plain torch", "where", "code", "why", "times>")
+    for step, count in plain_rows(found):
+        table.add_row(*map(Text, [str(step.where), step.code, step.why, str(count)]))
+    return table
+
+
+def collective_bytes(step: Step) -> str:
+    assert step.collective is not None
+    per = "sampled token" if step.collective.is_per_sample else "token"
+    return f"{bytes_text(step.collective.bytes)}/{per}"
+
+
+def _collectives(found: Explanation) -> Table:
+    table = _table("Collectives", "which", "where", "line", "why", "bytes>", "times>")
+    for step, count in collective_rows(found):
+        assert step.collective is not None
+        row = [step.collective.kind, str(step.where), step.text, step.collective.why]
+        row += [collective_bytes(step), str(count)]
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _times(found: Estimate) -> Table:
+    d = found.device
+    table = _table(
+        f"{d.name}: {quantity(d.flops, 'FLOP/s')}, {quantity(d.bandwidth, 'B/s')} of memory, "
+        f"{quantity(d.link, 'B/s')} of links",
+        "at best",
+        "time>",
+        "tokens/s>",
+        "compute>",
+        "memory>",
+        "links>",
+        "bound by",
+        caption=f"a roofline: real steps are slower. Room for {found.kv_tokens:,} tokens of KV "
+        "cache, activations aside.",
+    )
+    many = "sequence" if found.batch == 1 else "sequences"
+    table.add_row(*_phase(f"prefill of {found.prefill.tokens:,} tokens", found.prefill))
+    what = f"decoding {found.batch:,} {many} at {found.decode.context:,} tokens"
+    table.add_row(*_phase(what, found.decode))
+    return table
+
+
+def _phase(what: str, phase: Phase) -> list[str]:
+    parts = (phase.seconds, phase.compute, phase.memory, phase.links)
+    total, *each = map(seconds_text, parts)
+    return [what, total, f"{phase.tokens_per_second:,.0f}", *each, phase.bound]
