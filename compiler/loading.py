@@ -141,20 +141,28 @@ def loading_of(plan: Plan, model: Model) -> Loading:
                 loading.regex[of] = new if one else _unfused(to)
             if to.layout is not None:
                 loading.layouts[of] = (to.layout, _needed(to))
-    loading.ignored = tuple(_glob(p) for p in model.hf_ignored)
+    loading.ignored = (*map(_glob, model.hf_ignored), *_unused(plan, model))
     loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
     if plan.head is not None:
         (loading.head,) = model.tensor_maps[plan.head].names
         # A name that no pattern of ignored tensors means.
-        loading.regex[r"^tied_head\.weight$"] = (
-            "lm_head.weight"
-        )
+        loading.regex[r"^tied_head\.weight$"] = "lm_head.weight"
     loading.tensors = _compact(list(plan.tensors))
     loading.lora_targets = _compact(list(dict.fromkeys(plan.lora_targets)))
     for name, to in plan.tensors.items():
         got = apply(loading, name)
         assert got == (to.param, to.shard), f"{name} would be loaded to {got}, not to {to}"
     return loading
+
+
+def _unused(plan: Plan, model: Model) -> list[str]:
+    """Patterns of the tensors that no operation reads, as a gate of the first layer alone."""
+    names = [n for path in model.by_path for n in model.tensor_maps[path].names]
+    found = []
+    for name, indices in _compact([n for n in names if n not in plan.tensors]).items():
+        parts = (f"(?:{'|'.join(map(str, values))})" for values in indices)
+        found.append(re.sub(r"\\\*", lambda _: next(parts), f"^{re.escape(name)}$"))  # noqa: B023
+    return found
 
 
 def apply(loading: Loading, name: str) -> tuple[str, str | int | None]:

@@ -263,9 +263,16 @@ class _Planner:
                 fix="store it as one tensor, without an axis in braces",
             )
         layout = None if map_.is_identity else f"{map_.layout} -> {' '.join(map_.axes)}"
-        self.plan.tensors[next(iter(map_.names))] = Destination(
-            param, layout=layout, sizes=map_.sizes if layout else ()
-        )
+        to = Destination(param, layout=layout, sizes=map_.sizes if layout else ())
+        name = next(iter(map_.names))
+        if self.plan.tensors.setdefault(name, to) != to:
+            raise LoweringError(
+                f"the parameter {path} is read in two places of the served model",
+                got=f"{self.plan.tensors[name].param} and {param}",
+                need="one place for a tensor of the checkpoint, or an embedding with ops.unembed",
+                from_=self.program.model.by_path[path].where,
+                fix="declare a second parameter",
+            )
 
 
 def _is_layer(node: fx.Node) -> bool:

@@ -58,12 +58,22 @@ def strongest(needs: Iterable[Need]) -> list[Need]:
 
 
 def served_needs(program: Partitioned) -> list[Need]:
-    """The demands on tp of a served model: those of its vocabulary go, since vLLM pads it."""
-    cut: dict[str, bool] = {}
+    """The demands on tp of a served model.
+
+    Those of its vocabulary go, since vLLM pads it; where a block would lie on several ranks, of all
+    linear layers only that of queries, keys and values can hold it.
+    """
+    padded: dict[str, bool] = {}
+    whole: list[Need] = []
     for block in program.all():
         for node in block.graph.nodes:
             at = node.meta.get("placement")
-            if node.op == "get_attr" and isinstance(at, Shard):
-                padded = all(user.target in _PADDED for user in node.users)
-                cut[at.axis] = cut.get(at.axis, True) and padded
-    return [need for need in program.needs if not cut.get(need.axis, False)]
+            if node.op != "get_attr" or not isinstance(at, Shard):
+                continue
+            pads = all(user.target in _PADDED for user in node.users)
+            padded[at.axis] = padded.get(at.axis, True) and pads
+            linears = [user for user in node.users if user.target is layers.linear]
+            if any(user.kwargs["kind"] != "qkv" for user in linears):
+                why = f"{node.target} is cut, and not replicated"
+                whole.append(Need(at.axis, at.units, True, why, node.meta["where"]))
+    return [need for need in (*program.needs, *whole) if not padded.get(need.axis, False)]

@@ -46,7 +46,7 @@ def module_of(program: Partitioned) -> Module:
     """An empty file for a program: what its classes' names begin with, and its axes' constants."""
     name = program.model.name
     base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name) or name
-    return Module(base, _axes(program.model), Exact(program.needs))
+    return Module(base, _axes(program.model), Exact(served_needs(program)))
 
 
 class _Writer:

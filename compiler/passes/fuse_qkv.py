@@ -12,6 +12,7 @@ from compiler import layers
 from compiler.ir import Block, LocalSize, TensorType, tensor_type
 from compiler.placement import Shard
 from compiler.rewrite import calls_of, insert, is_call, replace_with
+from compiler.rules.elementwise import is_elementwise
 from funcmodels import ops
 
 
@@ -32,18 +33,21 @@ def fuse_qkv(block: Block) -> Block:
     return block
 
 
-def _projection(value: object) -> fx.Node | None:
-    """The linear that a value comes from: through rope, norms, reshapes, each its first operand."""
-    while isinstance(value, fx.Node) and value.op == "call_function":
-        if value.target is layers.linear:
-            return value
-        if value.target is operator.getitem and is_call(value.args[0], ops.rope):
-            value = value.args[0].args[value.args[1]]  # type: ignore[union-attr,index]
-        elif value.target in (torch.reshape, ops.rms_norm, ops.layer_norm, torch.mul, torch.add):
-            value = value.args[0]
-        else:
-            return None
-    return None
+def _projection(value: Any) -> fx.Node | None:
+    """The one linear that a value comes from, through rope, norms, reshapes, element-wise steps."""
+    found: set[fx.Node] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        if is_call(node, layers.linear):
+            found.add(node)
+        elif is_call(node, operator.getitem) and is_call(node.args[0], ops.rope):
+            todo.append(node.args[0].args[node.args[1]])
+        elif is_call(node, torch.reshape, ops.rms_norm, ops.layer_norm):
+            todo.append(node.args[0])
+        elif isinstance(node, fx.Node) and is_elementwise(node.target):
+            todo += node.all_input_nodes
+    return found.pop() if len(found) == 1 else None
 
 
 def _mergeable(found: list[fx.Node]) -> bool:

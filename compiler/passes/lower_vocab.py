@@ -8,11 +8,9 @@ from compiler import collectives, layers
 from compiler.ir import Block
 from compiler.placement import REPLICATE, Shard
 from compiler.rewrite import calls_of, insert, is_call, is_param, only_user, replace_with
-from compiler.rules import RULES, vocab_embed
-from compiler.rules.elementwise import add, elementwise, linear_unary
+from compiler.rules import vocab_embed
+from compiler.rules.elementwise import is_elementwise
 from funcmodels import ops
-
-_ELEMENTWISE = (elementwise, linear_unary, add)
 
 
 def lower_vocab(block: Block) -> Block:
@@ -52,7 +50,7 @@ def _elementwise_from(node: fx.Node) -> list[fx.Node]:
     after = only_user(node)
     if after is None:
         return [node]
-    if RULES.get(after.target) in _ELEMENTWISE and after.all_input_nodes == [node]:
+    if is_elementwise(after.target) and after.all_input_nodes == [node]:
         return [after, *_elementwise_from(after)]
     return [after]
 

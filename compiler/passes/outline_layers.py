@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from compiler.ir import Block, Program, binding
 from compiler.names import unique
-from compiler.rewrite import copy_block
+from compiler.rewrite import copy_block, is_call
 
 Place = tuple[str, int]  # a list of the parameter tree, and an index into it
 
@@ -33,7 +33,7 @@ def outline_layers(program: Program) -> Program:
     root = copy_block(program.root)
     blocks = dict(program.blocks)
     for segments in _runs(root):
-        if all(len(s) == 1 and s[0].op == "call_module" for s in segments):
+        if all(_is_one_call(s) for s in segments):
             continue
         made: dict[Any, Block] = {}
         for segment in segments:
@@ -43,6 +43,14 @@ def outline_layers(program: Program) -> Program:
                 made[shape.key] = blocks[name] = _outlined(root, shape, name)
             _replace(root, shape, made[shape.key])
     return replace(program, root=root, blocks=blocks)
+
+
+def _is_one_call(segment: list[fx.Node]) -> bool:
+    """Whether a step is a block already: one call, and what takes its results apart."""
+    call, *parts = segment
+    return call.op == "call_module" and all(
+        is_call(part, operator.getitem) and part.args[0] is call for part in parts
+    )
 
 
 def _runs(root: Block) -> list[list[list[fx.Node]]]:

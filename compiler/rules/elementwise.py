@@ -87,3 +87,8 @@ def add(view: View) -> Decision | None:
 
 
 RULES[torch.add] = RULES[torch.sub] = add
+
+
+def is_elementwise(target: object) -> bool:
+    """Whether each element of a function's result is made of the operands' elements there."""
+    return RULES.get(target) in (elementwise, linear_unary, add)

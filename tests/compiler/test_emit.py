@@ -309,3 +309,35 @@ def test_no_unembedding(kind):
         source_for_vllm(small(forward))
     assert "unembed" in error.value.what
     assert error.value.lines["fix"]
+
+
+def test_one_parameter_in_two_places():
+    """The embedding's table in a head that is no layer: its second place would stay empty."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        logits = ops.unembed(x, params["embed"])
+        return logits * torch.sigmoid(logits)  # read twice: not gathered right after the product
+
+    with pytest.raises(LoweringError, match="embed is read in two places") as error:
+        source_for_vllm(small(forward, {}, TABLE))
+    assert "second parameter" in error.value.lines["fix"]
+
+
+def test_heads_that_no_layer_replicates():
+    """Keys that are used beside their attention too are no part of its fused projection."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        k = einsum(x, params["k"], "... e, h d e -> ... h d")
+        q = einsum(x, params["q"], "... e, h d e -> ... h d")
+        o = ops.attention(q, k, k)
+        x = x + einsum(o, params["o"], "... h d, e h d -> ... e")
+        return ops.unembed(x, params["head"])
+
+    params = {
+        "q": P("heads head_dim hidden"),
+        "k": P("kv_heads head_dim hidden"),
+        "o": P("hidden heads head_dim"),
+    }
+    assert fm.check(small(forward, params, TABLE), tp=2) == [1, 2]  # of 2 KV heads, never 4

@@ -1,4 +1,4 @@
-"""One axis with two sizes, constants made in blocks, padding, no norm before the unembedding."""
+"""One axis of two sizes, a parameter nobody reads, constants, padding, no norm at the end."""
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ def forward(params, tokens, positions, segment_ids=None):
 
 LAYER = {
     "norm": P("hidden", init="ones"),
+    "unused": P("mlp hidden"),
     **{name: P("heads head_dim hidden") for name in "qkv"},
     "o": P("hidden heads head_dim"),
     "wide": P("mlp hidden"),
