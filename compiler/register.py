@@ -12,9 +12,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from compiler.vllm_target import cache_folder, load_source, source_for_vllm
+from compiler.vllm_target import cache_folder, load_model
 from funcmodels.atomic import write_file
 from funcmodels.errors import FuncModelsError
 from funcmodels.spec import Model
@@ -53,8 +52,7 @@ def register(
     """
     if isinstance(model_or_factory, Model):
         name = name or model_or_factory.name
-        source = source_for_vllm(model_or_factory, strict=strict)
-        cls: Any = load_source(source, model_or_factory.name)
+        cls = load_model(model_or_factory, strict=strict)
         entry = {"file": cls.source_file, "class": model_or_factory.name}
     else:
         if name is None:

@@ -25,6 +25,8 @@ from funcmodels.spec import Model
 
 # Modules of emitted files: a class must be found again by its module's name to be compiled.
 _PACKAGE = "funcmodels_served"
+# What each class was compiled from, in this process.
+_MODELS: dict[type, list[Model]] = {}
 
 
 def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
@@ -72,7 +74,24 @@ def compile_to_vllm(model: Model, *, strict: bool = False) -> type:
         TraceError: `forward` cannot be recorded.
         LoweringError: an operation cannot be served.
     """
-    return load_source(source_for_vllm(model, strict=strict), model.name)
+    return load_model(model, strict=strict)
+
+
+def load_model(model: Model, *, strict: bool = False) -> Any:
+    """The class of a model; this process remembers of which model it is."""
+    cls: Any = load_source(source_for_vllm(model, strict=strict), model.name)
+    others = [m for m in _MODELS.get(cls, []) if m.tensor_maps != model.tensor_maps]
+    _MODELS[cls] = [*others, model]
+    return cls
+
+
+def model_of(cls: type) -> Model | None:
+    """The model that this process compiled to a class, where there is exactly one.
+
+    Models of one source can still differ in the paths of their parameters.
+    """
+    models = _MODELS.get(cls, [])
+    return models[0] if len(models) == 1 else None
 
 
 def emit(model: Model, path: str | os.PathLike[str], *, strict: bool = False) -> Path:

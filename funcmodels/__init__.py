@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         register,
         trace,
     )
+    from compiler.vllm_push import push_weights
 
 # The compiler is imported on first use, so that training never pays for it, and never needs vLLM.
 _COMPILER = {
@@ -46,6 +47,7 @@ _COMPILER = {
     "emit": "compiler.api",
     "compile_to_torch": "compiler.api",
     "compile_to_vllm": "compiler.api",
+    "push_weights": "compiler.vllm_push",
     "register": "compiler.api",
     "trace": "compiler.api",
 }
@@ -79,6 +81,7 @@ __all__ = [
     "logprobs",
     "normal",
     "ops",
+    "push_weights",
     "register",
     "save",
     "trace",

@@ -126,23 +126,31 @@ def save(
     values = dict(tree.items(weights))
     check_weights(model, values)
     config = config_json(model, values)
-    shards = _shards(model, values, max_shard_size)
     folder = Path(folder)
     with replacing(folder) as new:
         _keep_foreign(folder, new)
         if like is not None:
             _copy_companions(Path(like), new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file, names in shards.items():
-            tensors = dict(_tensors(model, values, names))
-            save_file(tensors, new / file, metadata={"format": "pt"})
+        weight_map = write_tensors(model, values, new, max_shard_size)
+        for file in set(weight_map.values()):
             shutil.copymode(new / "config.json", new / file)  # safetensors makes it private
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": _bytes(model, values)},
-                "weight_map": {name: file for file, names in shards.items() for name in names},
-            }
+        if SINGLE not in weight_map.values():
+            index = {"metadata": {"total_size": _bytes(model, values)}, "weight_map": weight_map}
             (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(
+    model: Model, values: Mapping[str, Tensor], folder: Path, max_shard_size: int
+) -> dict[str, str]:
+    """Write the checkpoint's tensors as safetensors; returns the file of each, in tree order.
+
+    Beside the parameters, at most `max_shard_size` bytes of them are in memory a second time.
+    """
+    shards = _shards(model, values, max_shard_size)
+    for file, names in shards.items():
+        save_file(dict(_tensors(model, values, names)), folder / file, metadata={"format": "pt"})
+    return {name: file for file, names in shards.items() for name in names}
 
 
 def _shards(

@@ -186,7 +186,7 @@ def test_is_the_same_in_another_process():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_imports(name):
-    """torch, vLLM, einops and the standard library: never the compiler, never funcmodels."""
+    """torch, vLLM, what it needs, and the standard library: never the compiler or funcmodels."""
     found = set()
     for node in ast.walk(ast.parse(source(name))):
         if isinstance(node, ast.Import):
