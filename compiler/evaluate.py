@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 from compiler import collectives
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
+from compiler.own_parameters import TakenApart
 from compiler.placement import Placement, Shard
 from compiler.rules import LocalValues, vocab_embed
 from funcmodels import tree
@@ -75,6 +76,8 @@ def local_weights(program: Program, weights: Any, comm: Comm) -> dict[str, list[
     """The blocks of a pytree of whole weights that the ranks of `comm` hold, by path."""
     placements = param_placements(program)
     out = {}
+    if isinstance(program.model, TakenApart):
+        weights = program.model.of(weights)
     for path, value in tree.items(weights):
         at = placements.get(path)
         out[path] = [

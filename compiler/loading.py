@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
@@ -11,6 +12,7 @@ from typing import ClassVar
 from compiler.emit.scope import Module
 from compiler.emit.text import literal, quoted, table
 from compiler.modules import Destination, Plan
+from compiler.own_parameters import TakenApart
 from funcmodels.spec import Model
 
 Stacked = dict[str, tuple[str, "str | int"]]
@@ -28,6 +30,8 @@ class Loading:
         ignored: patterns of names to pass over.
         tied: names under which a tensor may be stored again -> the tensor's own name.
         head: the tensor that is the table of embedding and unembedding in one.
+        split: tensors that are stacked -> their parts, in order.
+        repeated: tensors that several layers have -> what each has it as.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
         lora_targets: the same, of the modules that adapters may change.
     """
@@ -43,6 +47,9 @@ class Loading:
     # What the served class needs when it is made, so that it stands above it.
     helpers: ClassVar = ("AdaptersApart", "ModuleNames", "CheckpointNames")
 
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
     def tensor_lines(self, module: Module) -> list[str]:
         """The tables `TENSORS` and `LORA_TARGETS`."""
         return [
@@ -51,6 +58,20 @@ class Loading:
             "",
             "# What of it adapters may change.",
             *_names_table(module, "LORA_TARGETS", self.lora_targets),
+            *self.split_lines(),
+        ]
+
+    def split_lines(self) -> list[str]:
+        """The tables `SPLIT` and `REPEATED`, where there is anything to take apart."""
+        if not self.split and not self.repeated:
+            return []
+        return [
+            "",
+            "# Tensors that are stacked, and the parts that layers have.",
+            *table("SPLIT", _lists(self.split)),
+            "",
+            "# Tensors that several layers have.",
+            *table("REPEATED", _lists(self.repeated)),
         ]
 
     def mapper_lines(self, module: Module) -> list[str]:
@@ -83,7 +104,7 @@ class Loading:
         module.help("read_tensors")
         tied = []
         if self.tied:
-            tied = [f"        weights = {module.help('drop_tied')}(weights, {literal(self.tied)})"]
+            tied += [f"        weights = {module.help('drop_tied')}(weights, {literal(self.tied)})"]
         if self.head:
             arguments = f"weights, {quoted(self.head)}, self.lm_head"
             tied.append(f"        weights = {module.help('add_head')}({arguments})")
@@ -95,9 +116,11 @@ class Loading:
             "        check_loaded(self.awaited)",
             "        return loaded",
         ]
-        read = "        weights = read_tensors(weights)"
+        read = ["        weights = read_tensors(weights)"]
+        if self.split or self.repeated:
+            read += [f"        weights = {module.help('take_apart')}(weights, SPLIT, REPEATED)"]
         if not self.layouts:
-            return [head, read, *loader]
+            return [head, *read, *loader]
         module.use("rearrange")
         module.use("re")
         lines = [
@@ -112,7 +135,7 @@ class Loading:
             "    }",
             "",
             head,
-            read,
+            *read,
             "        weights = ((name, self.relayout(name, w)) for name, w in weights)",
             *loader,
             "",
@@ -148,6 +171,8 @@ def loading_of(plan: Plan, model: Model) -> Loading:
         # A name that no pattern of ignored tensors means.
         loading.regex[r"^tied_head\.weight$"] = "lm_head.weight"
     loading.tensors = _compact(list(plan.tensors))
+    if isinstance(model, TakenApart):
+        loading.split, loading.repeated = model.split, model.repeated
     loading.lora_targets = _compact(list(dict.fromkeys(plan.lora_targets)))
     for name, to in plan.tensors.items():
         got = apply(loading, name)
@@ -254,6 +279,11 @@ def _names_table(module: Module, name: str, names: dict[str, tuple[Indices, ...]
         for pattern, indices in names.items()
     }
     return table(name, rows)
+
+
+def _lists(names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Tensors of the checkpoint, and those that are made of each, as source text."""
+    return {quoted(name): literal(list(made)) for name, made in names.items()}
 
 
 def _indices(module: Module, values: Indices) -> str:

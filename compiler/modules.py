@@ -59,6 +59,7 @@ class Placed:
     layers: dict[fx.Node, str] = field(default_factory=dict)
     calls: dict[fx.Node, str] = field(default_factory=dict)
     bare: dict[str, str] = field(default_factory=dict)
+    anchors: list[str] = field(default_factory=list)  # module path of each of its instances
 
 
 @dataclass
@@ -125,6 +126,7 @@ class _Planner:
         if block.name not in self.plan.blocks:
             self.plan.blocks[block.name] = self.place(block, names, anchor)
         placed = self.plan.blocks[block.name]
+        placed.anchors.append(anchor)
         for node, attr in placed.layers.items():
             if node.target is layers.linear:
                 self.linear(node, names, _join(anchor, attr))

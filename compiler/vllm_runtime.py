@@ -186,6 +186,15 @@ def drop_tied(weights: Iterable[tuple[str, torch.Tensor]], tied: dict):
     held = {}
     for name, weight in weights:
         own = tied.get(name, name)
+def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeated: dict):
+    """The same weights; some in parts, as those stacked over layers, some once for each use."""
+    for name, weight in weights:
+        if name in split:
+            yield from take_apart(zip(split[name], weight, strict=True), split, repeated)
+        else:
+            yield from ((copy, weight) for copy in repeated.get(name, [name]))
+
+
         if own in tied.values() and not torch.equal(held.setdefault(own, weight), weight):
             raise ValueError(
                 f"{name} is not the tensor that it is tied to\n"
@@ -255,6 +264,15 @@ def check_full_attention(vllm_config: VllmConfig) -> None:
     window = vllm_config.cache_config.sliding_window
     if window is not None:
         raise ValueError(
+def numbered(prefix: str, vllm_config: VllmConfig) -> str:
+    """A name for an attention layer with one number in it: the engine sorts caches by that."""
+    parts = prefix.split(".")
+    if sum(part.isdigit() for part in parts) == 1:
+        return prefix
+    made = len(vllm_config.compilation_config.static_forward_context)
+    return ".".join([*(f"_{p}" if p.isdigit() else p for p in parts), str(1000 + made)])
+
+
             f"config.json sets sliding_window={window}, "
             "but this model attends to all tokens\n"
             "  fix:  set sliding_window to null in config.json, "

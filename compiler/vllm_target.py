@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from compiler.emit import emit_model
+from compiler.own_parameters import own_parameters
 from compiler.partition import Partitioned, check_tokens_apart, partition
 from compiler.passes import run_passes
 from compiler.passes.outline_layers import outline_layers
@@ -35,7 +36,7 @@ def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
     Raises:
         TraceError, LoweringError: with the user's line.
     """
-    program = outline_layers(trace(model))
+    program = outline_layers(own_parameters(trace(model)))
     verify(program)
     check_tokens_apart(program)
     lowered = run_passes(partition(program, "tp", strict=strict))

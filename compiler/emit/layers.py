@@ -216,10 +216,18 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "per_layer_sliding_window": None if s.get("window") is None else repr(s["window"]),
         "sinks": scope.value(sinks) if sinks is not None else None,
         "head_size_v": str(v_head_dim) if v_head_dim != head_dim else None,
-        "prefix": prefix_of(attr),
+        "prefix": _attention_prefix(scope, attr),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (q, k, v))})"
     return Layer(scope.module.use("Attention"), kwargs(settings), call, checks=checks)
+
+
+def _attention_prefix(scope: Scope, attr: str) -> str:
+    """The engine tells layers apart by the one number in their names: some need one made up."""
+    names = [f"{anchor}.{attr}".split(".") for anchor in scope.placed.anchors]
+    if all(sum(part.isdigit() for part in name) == 1 for name in names):
+        return prefix_of(attr)
+    return f"{scope.module.help('numbered')}({prefix_of(attr)}, vllm_config)"
 
 
 def _heads(scope: Scope, x: Any, count: Any) -> str:

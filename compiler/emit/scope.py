@@ -92,6 +92,7 @@ HELPERS_CALL = {"own_block_loader": ("own_block",)}
 class Module:
     """The file being written.
 
+    "take_apart": ("Iterable", "torch"),
     Args:
         prefix: what class names begin with.
         axes: axis name -> size, for those that have one size throughout the model.

@@ -1,0 +1,244 @@
+"""Models that use parameters and layers in ways that no published architecture does all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
+
+import funcmodels as fm
+from funcmodels import ops
+
+LAYERS = 4
+P = fm.axes(
+    vocab=256,
+    hidden=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    mlp=192,
+    rank=16,
+    two=2,
+    wide=160,
+    layers=LAYERS,
+    positions=256,
+)
+TABLE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return ops.rms_norm(x, weight, eps=1e-5)
+
+
+def project(x: Tensor, w: Tensor) -> Tensor:
+    return einsum(x, w, "... e, h d e -> ... h d")
+
+
+# Stacked: weights of all layers in one tensor; what flows between layers is irregular
+
+
+@fm.block
+def keys_and_values(p: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = project(x, p["k"]), project(x, p["v"])
+    return ops.rope(k, k, positions, theta=1e4)[1], v
+
+
+@fm.block
+def attend(p: Any, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, segment_ids, window):
+    """Attention to keys and values of this layer or of another one."""
+    q = project(x, p["q"])
+    q, _ = ops.rope(q, q, positions, theta=1e4)
+    o = ops.attention(q, k, v, window=window, segment_ids=segment_ids)
+    return rearrange(o, "... h d -> ... (h d)") @ rearrange(p["o"], "e h d -> (h d) e")
+
+
+@fm.block
+def gated(p: Any, x: Tensor) -> Tensor:
+    """Both matrices of the gate in one tensor."""
+    gate, up = p["gate_up"].unbind(0)
+    return ops.swiglu(x @ gate.T, F.linear(x, up)) @ p["down"].T
+
+
+def stacked_forward(params, tokens, positions, segment_ids=None):
+    x = ops.embed(tokens, params["embed"])
+    first: Any = None
+    kv: Any = None
+    for i in range(LAYERS):
+        p = fm.tree.map(lambda w, i=i: w[i], params["layers"])
+        h = norm(x, p["norm"])
+        if i % 2 == 0:  # the odd layers attend to the keys and values of the one before
+            kv = keys_and_values(p, h, positions)
+        k, v = kv
+        if first is None:
+            first = v  # the values of the first layer are carried to all others
+        v = v + first * p["mix"]
+        window = None if i % 2 else 16
+        x = x + attend(p, h, k, v, positions, segment_ids, window) + p["gain"] * gated(p, h)
+    return ops.unembed(norm(x, params["norm"]), params["head"])
+
+
+stacked = fm.Model(
+    "StackedForCausalLM",
+    config={"max_position_embeddings": 256},
+    params={
+        "embed": P("vocab hidden"),
+        "layers": {
+            "norm": P("layers hidden", init="ones"),
+            "q": P("layers heads head_dim hidden"),
+            "k": P("layers kv_heads head_dim hidden", hf="at.{layers}.k.weight"),
+            "v": P("layers kv_heads head_dim hidden"),
+            "o": P("layers hidden heads head_dim"),
+            "gate_up": P("layers two mlp hidden"),
+            "down": P("layers hidden mlp"),
+            "mix": P("layers"),
+            "gain": P("layers", init="ones"),
+        },
+        "norm": P("hidden", init="ones"),
+        "head": P("vocab hidden"),
+    },
+    forward=stacked_forward,
+    sharding=TABLE,
+)
+
+
+# Shared: one set of weights for several layers, and weights made of others
+
+
+@fm.block
+def shared_layer(p: Any, own: Any, x: Tensor, positions: Tensor, segment_ids) -> Tensor:
+    """The layer that all share, with a norm and a low-rank change of its own."""
+    h = norm(x, own["norm"])
+    change = einsum(own["b"], own["a"], "h d r, r e -> h d e")
+    q = project(h, p["q"] + change)
+    k, v = project(h, p["k"]), project(h, p["v"])
+    q, k = ops.rope(q, k, positions, theta=1e4)
+    o = ops.attention(q, k, v, segment_ids=segment_ids)
+    return x + einsum(o, p["o"], "... h d, e h d -> ... e") * p["scale"]
+
+
+@fm.block
+def autoencoder(p: Any, x: Tensor) -> Tensor:
+    """A matrix, and the same one transposed; a slice of a third; one norm twice."""
+    h = norm(torch.relu(norm(x, p["norm"]) @ p["up"].T) @ p["up"], p["norm"])
+    return x + h * p["wide"][: x.shape[-1]]
+
+
+def shared_forward(params, tokens, positions, segment_ids=None):
+    x = ops.embed(tokens, params["embed"])
+    for i, own in enumerate(params["layers"]):
+        x = shared_layer(params["shared"], own, x, positions, segment_ids)
+        if i % 2:
+            x = autoencoder({**own["extra"], "wide": params["wide"]}, x)
+    x = shared_layer(params["shared"], params["layers"][0], x, positions, segment_ids)
+    x = norm(x, params["layers"][0]["norm"])
+    return x @ params["embed"].T
+
+
+def shared_own(i: int) -> dict[str, Any]:
+    own = {
+        "norm": P("hidden", init="ones"),
+        "a": P("rank hidden"),
+        "b": P("heads head_dim rank"),
+    }
+    if i % 2:
+        own["extra"] = {"norm": P("hidden", init="ones"), "up": P("mlp hidden")}
+    return own
+
+
+shared = fm.Model(
+    "SharedForCausalLM",
+    config={"max_position_embeddings": 256},
+    params={
+        "embed": P("vocab hidden"),
+        "shared": {
+            "q": P("heads head_dim hidden"),
+            "k": P("kv_heads head_dim hidden"),
+            "v": P("kv_heads head_dim hidden"),
+            "o": P("hidden heads head_dim"),
+            "scale": P("", init="ones"),
+        },
+        "layers": [shared_own(i) for i in range(LAYERS)],
+        "wide": P("wide", init="ones"),
+        "never_used": P("wide"),
+    },
+    forward=shared_forward,
+    sharding=TABLE,
+)
+
+
+# Mapped: transforms, checkpoints and two kinds of layers in turn
+
+
+@fm.block
+def mapped(p: Any, x: Tensor, positions: Tensor, segment_ids) -> Tensor:
+    """Each head's projections by a vmap, and a normalised product of each head's output."""
+    h = norm(x, p["norm"])
+    q, k, v = (vmap(lambda w: h @ w.T, out_dims=-2)(p[name]) for name in "qkv")
+    q, k = ops.rope(q, k, positions, theta=1e4)
+    o = ops.attention(q, k, v, segment_ids=segment_ids)
+
+    def head(y: Tensor, gain: Tensor) -> Tensor:
+        a, b = y.chunk(2, -1)
+        return torch.cat((torch.tanh(b), a), -1) * gain
+
+    o = vmap(head, in_dims=(-2, 0), out_dims=-2)(o, p["gain"])
+    return x + einsum(o, p["o"], "... h d, e h d -> ... e")
+
+
+def feed_forward(p: Any, x: Tensor) -> Tensor:
+    return x + F.gelu(F.linear(norm(x, p["norm"]), p["up"], p["bias"])) @ p["down"].T
+
+
+@fm.block
+def saving(p: Any, x: Tensor) -> Tensor:
+    return checkpoint(feed_forward, p, x, use_reentrant=False)
+
+
+def mapped_forward(params, tokens, positions, segment_ids=None):
+    x = ops.embed(tokens, params["embed"])
+    x = mapped(params["front"], x, positions, segment_ids)
+    for i, p in enumerate(params["layers"]):
+        x = saving(p, x) if i % 2 else mapped(p, x, positions, segment_ids)
+    return F.linear(norm(x, params["norm"]), params["head"])
+
+
+def mapped_own() -> dict[str, Any]:
+    return {
+        "norm": P("hidden", init="ones"),
+        "q": P("heads head_dim hidden"),
+        "k": P("kv_heads head_dim hidden"),
+        "v": P("kv_heads head_dim hidden"),
+        "o": P("hidden heads head_dim"),
+        "gain": P("heads", init="ones"),
+    }
+
+
+def saving_own() -> dict[str, Any]:
+    return {
+        "norm": P("hidden", init="ones"),
+        "up": P("mlp hidden"),
+        "bias": P("mlp", init="zeros"),
+        "down": P("hidden mlp"),
+    }
+
+
+mapping = fm.Model(
+    "MappedForCausalLM",
+    config={"max_position_embeddings": 256},
+    params={
+        "embed": P("vocab hidden"),
+        "front": mapped_own(),
+        "layers": [saving_own() if i % 2 else mapped_own() for i in range(LAYERS)],
+        "norm": P("hidden", init="ones"),
+        "head": P("vocab hidden"),
+    },
+    forward=mapped_forward,
+    sharding=TABLE,
+)
+
+MODELS = {"stacked": stacked, "shared": shared, "mapped": mapping}
