@@ -76,6 +76,7 @@ def explain(
         _name(kv_dtype or dtype),
         blocks,
         stages,
+        inventory.unread(blocks),
         times,
     )
 

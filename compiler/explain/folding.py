@@ -14,7 +14,7 @@ class Repeat:
     """Steps that call blocks, over and over.
 
     Args:
-        steps: one call of each kind, in order.
+        steps: the first call of each kind.
         numbers: for each of them, the layers that are calls of the same block.
         names: of all the calls.
     """
@@ -45,32 +45,17 @@ def is_layer(step: Step) -> bool:
 
 
 def _runs(steps: list[Step]) -> list[Step | Repeat]:
-    """One item for layers that alternate regularly; else one for each kind, with its numbers."""
-    kinds = [step.title for step in steps]
-    period = _period(kinds)
-    starts = range(period) if period else [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    shown = tuple(steps[i] for i in starts)
+    """One item, in which layers of one kind are one step."""
+    kinds = {step.title: step for step in reversed(steps)}
+    shown = tuple(kinds[kind] for kind in dict.fromkeys(step.title for step in steps))
     numbers = tuple(
-        tuple(
-            _number(step)
-            for i, step in enumerate(steps)
-            if step.title == one.title and (not period or i % period == at)
-        )
-        for at, one in enumerate(shown)
+        tuple(_number(step) for step in steps if step.title == one.title) for one in shown
     )
     return [Repeat(shown, numbers, tuple(step.name for step in steps))]
 
 
 def _number(step: Step) -> int:
     return int(step.attr.rpartition(".")[2])
-
-
-def _period(kinds: Sequence[str]) -> int:
-    """The length of the shortest stretch that a sequence repeats, at most 8; 0 for none."""
-    for n in range(1, min(8, len(kinds)) + 1):
-        if all(kind == kinds[i % n] for i, kind in enumerate(kinds)):
-            return n
-    return 0
 
 
 def numbers_text(numbers: Sequence[int]) -> str:

@@ -89,6 +89,11 @@ class Inventory:
         called = [self.program.blocks[name] for name in self.instances if name not in _ROOTS]
         return tuple(map(self._view, [self.split.body, *called, self.split.head]))
 
+    def unread(self, blocks: tuple[BlockView, ...]) -> tuple[str, ...]:
+        """The parameters that nothing reads: they are declared, and not served."""
+        told = {path for block in blocks for p in block.parameters for path in p.paths}
+        return tuple(path for path in self.program.model.by_path if path not in told)
+
     def stages(self, blocks: tuple[BlockView, ...]) -> tuple[Stage, ...]:
         """The totals of each stage."""
         count = self.setting.pp
@@ -376,10 +381,15 @@ class Inventory:
                 paths=tuple(i.names[name] for i in at),
                 module=module,
                 part=part,
-                lora=layer is not None and node.target in (layers.linear, *_VOCAB_LAYERS),
+                lora=layer is not None and self._is_adapted(at[0].names[name]),
                 quantisable=layer is not None and node.target is layers.linear,
                 stages=tuple(held.count(s) for s in range(self.setting.pp)),
             )
+
+    def _is_adapted(self, path: str) -> bool:
+        """Whether adapters may change the layer of a parameter."""
+        tensor = self.program.model.tensor_maps[path].names[0]
+        return tensor.removesuffix(".weight") in self.plan.lora_targets
 
     def _parameter(
         self,

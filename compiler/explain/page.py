@@ -22,6 +22,7 @@ from compiler.explain.tables import (
     times,
 )
 from compiler.shown import bytes_text, quantity, seconds_text
+from funcmodels.errors import listed
 from funcmodels.source import SourceLine
 
 if TYPE_CHECKING:
@@ -293,7 +294,9 @@ def _parameters(found: Explanation) -> str:
             where = f"<span>{escape(str(block.where))}</span>" if block.where else ""
             rows.append(f"{escape(block.name)}{times(block)}{where}")
             rows += [_parameter(found, p) for p in block.parameters]
-    return f'<div class="wide">{_table(columns, rows)}</div>'
+    unread = f"Not read by forward, so not served: {listed(found.unread)}." if found.unread else ""
+    foot = f'<p class="foot">{escape(unread)}</p>' if unread else ""
+    return f'<div class="wide">{_table(columns, rows)}</div>{foot}'
 
 
 def _parameter(found: Explanation, p: Parameter) -> list[str]:

@@ -27,6 +27,7 @@ class Explanation:
         dtype, kv_dtype: of the weights that declare none of their own, and of the KV cache.
         blocks: of the served model, callers first; each is told once, with its modules.
         stages: the totals of one rank of each pipeline stage.
+        unread: the paths of parameters that forward does not read: they are not served.
         estimate: times on a device, where one was named.
     """
 
@@ -39,6 +40,7 @@ class Explanation:
     kv_dtype: str
     blocks: tuple[BlockView, ...]
     stages: tuple[Stage, ...]
+    unread: tuple[str, ...] = ()
     estimate: Estimate | None = None
 
     @property

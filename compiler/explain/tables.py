@@ -13,17 +13,20 @@ from rich.text import Text
 from compiler.explain.records import BlockView, Parameter, Step
 from compiler.explain.roofline import Estimate, Phase
 from compiler.shown import bytes_text, quantity, seconds_text
+from funcmodels.errors import listed
 
 if TYPE_CHECKING:
     from compiler.explain.report import Explanation
 
 
-def tables(found: Explanation) -> Iterator[Table]:
+def tables(found: Explanation) -> Iterator[Table | Text]:
     """The totals, the parameters of each block, what is left to torch, what is sent, and times."""
     yield _totals(found)
     for block in found.blocks:
         if block.parameters:
             yield _parameters(found, block)
+    if found.unread:
+        yield Text(f"Not read by forward, so not served: {listed(found.unread)}\n")
     if found.plain:
         yield _plain(found)
     if found.collectives:
