@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compiler.check import Grid, check, check_grid
 from compiler.explain import DEVICES, Device, Explanation, explain
+from compiler.pad import Padded, pad_heads
 from compiler.parallel import ParallelContext
 from compiler.register import register
 from compiler.torch_target import CompiledModel, compile_to_torch
@@ -16,6 +17,7 @@ __all__ = [
     "Device",
     "Explanation",
     "Grid",
+    "Padded",
     "ParallelContext",
     "check",
     "check_grid",
@@ -23,6 +25,7 @@ __all__ = [
     "compile_to_vllm",
     "emit",
     "explain",
+    "pad_heads",
     "register",
     "trace",
 ]

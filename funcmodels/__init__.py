@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         compile_to_vllm,
         emit,
         explain,
+        pad_heads,
         register,
         trace,
     )
@@ -48,6 +49,7 @@ _COMPILER = {
     "compile_to_torch": "compiler.api",
     "compile_to_vllm": "compiler.api",
     "push_weights": "compiler.vllm_push",
+    "pad_heads": "compiler.api",
     "register": "compiler.api",
     "trace": "compiler.api",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "logprobs",
     "normal",
     "ops",
+    "pad_heads",
     "push_weights",
     "register",
     "save",
