@@ -9,7 +9,16 @@ operands are gathered, which is always right.
 from __future__ import annotations
 
 # Importing the files of rules registers them.
-from compiler.rules import along_dim, elementwise, making, model_ops, parts, products, shapes
+from compiler.rules import (
+    along_dim,
+    convolution,
+    elementwise,
+    making,
+    model_ops,
+    parts,
+    products,
+    shapes,
+)
 from compiler.rules.decide import decide, is_cut
 from compiler.rules.local import LocalValues, vocab_embed
 from compiler.rules.products import letters_of
@@ -23,6 +32,7 @@ __all__ = [
     "LocalValues",
     "View",
     "along_dim",
+    "convolution",
     "decide",
     "elementwise",
     "is_cut",

@@ -27,12 +27,21 @@ def sum_(view: View) -> Decision | None:
 
 
 # Where `dim` stands among the arguments, if not second.
-_DIM_AT = {torch.norm: 2, torch.linalg.vector_norm: 2, torch.topk: 2, torch.roll: 2}
+_DIM_AT = {
+    torch.norm: 2, torch.linalg.vector_norm: 2, torch.topk: 2, torch.roll: 2, F.normalize: 2,
+    torch.diff: 2, torch.kthvalue: 2, torch.take_along_dim: 2,
+}  # fmt: skip
+# And which it is where it is not given; None for all of them.
+_DIM_IS = {
+    torch.sort: -1, torch.argsort: -1, torch.topk: -1, F.glu: -1, F.normalize: 1, torch.diff: -1,
+    torch.kthvalue: -1,
+}  # fmt: skip
 
 
 @rule(torch.mean, torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod,
       torch.max, torch.min, torch.argmax, torch.argmin, torch.any, torch.all, torch.norm,
-      torch.linalg.vector_norm)  # fmt: skip
+      torch.linalg.vector_norm, torch.median, torch.aminmax, torch.count_nonzero,
+      torch.var_mean, torch.std_mean, torch.nansum, torch.nanmean)  # fmt: skip
 def reduction(view: View) -> Decision | None:
     """Along other dims than the cut one."""
     if len(view.tensors) > 1:  # torch.max(x, y) is torch.maximum
@@ -62,6 +71,8 @@ def _reduced(view: View, x: fx.Node) -> Decision | None:
 _ALONG_DIM = (
     torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.cumprod, torch.flip,
     torch.roll, torch.sort, torch.argsort, torch.topk, torch.gather, torch.take_along_dim,
+    torch.cummax, torch.cummin, torch.logcumsumexp, torch.scatter, torch.scatter_add, F.softmin,
+    F.glu, F.normalize, torch.diff, torch.kthvalue,
 )  # fmt: skip
 
 
@@ -70,9 +81,8 @@ def along_dim(view: View) -> Decision | None:
     """The dims that are left whole keep their places; the cut one must be among them."""
     x, *rest = view.tensors
     at, rank = view.whole(x), len(view.type(x).shape)
-    last = -1 if view.node.target in (torch.sort, torch.argsort, torch.topk) else None
-    i = 2 if view.node.target is torch.take_along_dim else _DIM_AT.get(view.node.target, 1)
-    dims = view.arg(i, "dim", view.node.kwargs.get("dims", last))
+    i, default = (table.get(view.node.target) for table in (_DIM_AT, _DIM_IS))
+    dims = view.arg(i or 1, "dim", view.node.kwargs.get("dims", default))
     dims = [dims] if isinstance(dims, int) else dims
     if isinstance(at, Shard):
         if dims is None or at.dim in {dim_of(d, rank) for d in dims}:
@@ -80,8 +90,27 @@ def along_dim(view: View) -> Decision | None:
         if any(view.type(n).shape[at.dim] != view.type(x).shape[at.dim] for n in rest):
             return None  # an index may take fewer
     types = view.node.meta["type"]
-    out = (at,) * len(types) if isinstance(types, tuple) else at
+    first = types[0] if isinstance(types, tuple) else types
+    put = at
+    if isinstance(at, Shard) and len(first.shape) < rank:  # kthvalue takes its dim away
+        put = Shard(at.dim - sum(dim_of(d, rank) < at.dim for d in dims), at.units, at.axis)
+    out = (put,) * len(types) if isinstance(types, tuple) else put
     return Decision({x: at, **dict.fromkeys(rest, at)}, out)
+
+
+@rule(F.cosine_similarity)
+def cosine_similarity(view: View) -> Decision | None:
+    """Along other dims than the cut one, of two tensors of one shape."""
+    x, y = view.tensors if len(view.tensors) == 2 else view.tensors * 2
+    rank = len(view.type(x).shape)
+    dim = dim_of(view.arg(2, "dim", 1), rank)
+    at = next((a for a in map(view.whole, (x, y)) if isinstance(a, Shard)), view.whole(x))
+    if not isinstance(at, Shard):
+        return Decision(dict.fromkeys((x, y), at), at)
+    if at.dim == dim or view.type(x).shape != view.type(y).shape:
+        return None
+    out = Shard(at.dim - (dim < at.dim), at.units, at.axis)
+    return Decision(dict.fromkeys((x, y), at), out)
 
 
 @rule(F.rms_norm, F.layer_norm)

@@ -22,6 +22,9 @@ _UNARY = (
     torch.zeros_like, torch.ones_like, torch.full_like, torch.bitwise_not, torch.clamp_min,
     torch.clamp_max, torch.exp2, torch.log2, torch.log10, torch.tan, torch.atan, torch.sinh,
     torch.cosh, torch.erfc, torch.trunc, F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign,
+    F.threshold, F.hardshrink, F.softshrink, F.tanhshrink, torch.asin, torch.acos, torch.asinh,
+    torch.acosh, torch.atanh, torch.logit, torch.frac, torch.positive, torch.signbit, torch.sinc,
+    torch.erfinv, torch.sgn,
 )  # fmt: skip
 _BINARY = (
     torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.minimum,
@@ -29,6 +32,8 @@ _BINARY = (
     torch.logical_and, torch.logical_or, torch.logical_xor, torch.bitwise_and, torch.bitwise_or,
     torch.bitwise_xor, torch.bitwise_left_shift, torch.bitwise_right_shift, torch.where, torch.lerp,
     torch.masked_fill, torch.addcmul, torch.addcdiv, torch.rsub, torch.fmod, torch.atan2,
+    torch.logaddexp, torch.logaddexp2, torch.hypot, torch.copysign, torch.heaviside, torch.xlogy,
+    torch.float_power, torch.fmax, torch.fmin, torch.isclose,
     ops.swiglu, ops.geglu,
 )  # fmt: skip
 
