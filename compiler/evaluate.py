@@ -15,9 +15,9 @@ from torch.fx.node import map_aggregate
 from compiler import collectives
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
-from compiler.own_parameters import TakenApart
 from compiler.placement import Placement, Shard
 from compiler.rules import LocalValues, vocab_embed
+from compiler.taken_apart import TakenApart
 from funcmodels import tree
 
 # What runs a node whose function depends on the rank: (values of one rank, rank, comm) -> value.

@@ -12,7 +12,7 @@ from typing import ClassVar
 from compiler.emit.scope import Module
 from compiler.emit.text import literal, quoted, table
 from compiler.modules import Destination, Plan
-from compiler.own_parameters import TakenApart
+from compiler.taken_apart import TakenApart
 from funcmodels.spec import Model
 
 Stacked = dict[str, tuple[str, "str | int"]]

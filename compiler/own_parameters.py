@@ -12,53 +12,24 @@ The loader hands out the checkpoint's tensors accordingly.
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from compiler.ir import Block, Program, TensorType, binding
 from compiler.names import unique
 from compiler.rewrite import copy_block, is_call, is_param
-from funcmodels import ops, tree
-from funcmodels.sharding import PartitionSpec, partition_spec
+from compiler.taken_apart import Made, element_of, is_listed, with_index
+from funcmodels import ops
+from funcmodels.sharding import partition_spec
 from funcmodels.spec import Model, Param
-from funcmodels.weightmap import TensorMap, tensor_map
 
 _NORMS = (ops.rms_norm, ops.layer_norm)
 _VOCAB = (ops.embed, ops.unembed)
 _MOST = 512  # elements that a parameter is taken apart into
-
-
-@dataclass(frozen=True, eq=False)
-class TakenApart(Model):
-    """A model whose parameters are those of another one, by path, some of them taken apart.
-
-    Args:
-        elements: path -> the paths of its elements, in order.
-        copies: path, there or among the elements -> the paths of its copies.
-        split, repeated: the same of the checkpoint's tensors, by name.
-    """
-
-    elements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def of(self, weights: Any) -> dict[str, Tensor]:
-        """The weights of the model that this one was made from, as this one has them."""
-        values = dict(tree.items(weights))
-        if self.by_path.keys() <= values.keys():
-            return {path: values[path] for path in self.by_path}
-        for path, names in self.elements.items():
-            values.update(zip(names, values.pop(path).unbind(0), strict=True))
-        for path, names in self.copies.items():
-            values.update(dict.fromkeys(names, values[path]))
-        return {path: values[path] for path in self.by_path}
 
 
 def own_parameters(program: Program) -> Program:
@@ -69,7 +40,7 @@ def own_parameters(program: Program) -> Program:
     root = copy_block(program.root)
     _copy_bindings(root)
     new = replace(program, root=root, blocks=blocks)
-    made = _Made(program.model)
+    made = Made(program.model)
     while _take_elements(new, made):  # what blocks are given may be taken apart again
         _give_to_blocks(new)
     _prune(new)
@@ -91,127 +62,13 @@ def _calls(program: Program) -> Iterator[tuple[Block, fx.Node, Block]]:
             yield block, call, program.blocks[str(call.target)]
 
 
-class _Made:
-    """The parameters of the new model, and of what they were made."""
-
-    def __init__(self, model: Model) -> None:
-        self.source = model
-        self.params = dict(model.by_path)
-        self.elements: dict[str, tuple[str, ...]] = {}
-        self.copies: dict[str, tuple[str, ...]] = {}
-        self.split: dict[str, tuple[str, ...]] = {}
-        self.repeated: dict[str, tuple[str, ...]] = {}
-
-    def model(self) -> TakenApart:
-        given = {f.name: getattr(self.source, f.name) for f in fields(Model)}
-        given["params"] = self.params
-        return TakenApart(
-            **given,
-            elements=self.elements,
-            copies=self.copies,
-            split=self.split,
-            repeated=self.repeated,
-        )
-
-    def map_of(self, path: str) -> TensorMap:
-        param = self.params[path]
-        return tensor_map(param.hf, path, param.axes, param.shape, param.where)
-
-    def take_elements(self, path: str) -> list[str]:
-        """Parameters for the elements of one; their paths."""
-        param, map_ = self.params[path], self.map_of(path)
-        del self.params[path]
-        axis = param.axes[0]
-        template, _, layout = (param.hf or path).partition(":")
-        spread = axis in map_.spread
-        names = [_with_index(path, path, i) for i in range(param.shape[0])]
-        for i, name in enumerate(names):
-            if spread:
-                tensor = template.strip().replace(f"{{{axis}}}", str(i))
-            else:
-                tensor = _with_index(template.strip(), path, i)
-            stored = layout if spread else layout.strip().removeprefix(axis)
-            self.params[name] = _element(param, f"{tensor}:{stored}")
-        self.elements[path] = tuple(names)
-        if not spread:
-            made = [_with_index(map_.names[0], path, i) for i in range(len(names))]
-            self.split[map_.names[0]] = tuple(made)
-        return names
-
-    def copy(self, path: str, names: list[str]) -> None:
-        """Parameters of these paths for one, of which the first may be its own."""
-        param = self.params.pop(path)
-        template, _, layout = (param.hf or path).partition(":")
-        parts = path.split(".")
-        listed = {k: i for k, i in itertools.pairwise(parts) if i.isdigit()}
-        filled = template.strip()
-        for key, index in listed.items():
-            filled = filled.replace(f"{{{key}}}", index)
-        tensors = []
-        for j, name in enumerate(names):
-            own = filled if name == path else _copied(filled, path, name, j)
-            self.params[name] = replace(param, hf=f"{own}:{layout}")
-            tensors.append(own)
-        self.copies[path] = tuple(names)
-        for braces in _fillings(filled, param):
-            self.repeated[_fill(filled, braces)] = tuple(_fill(t, braces) for t in tensors)
-
-
-def _fillings(template: str, param: Param) -> list[dict[str, int]]:
-    """The values of the axes that a template spreads over several tensors."""
-    found: list[dict[str, int]] = [{}]
-    for axis, size in zip(param.axes, param.shape, strict=True):
-        if f"{{{axis}}}" in template:
-            found = [{**f, axis: i} for f in found for i in range(size)]
-    return found
-
-
-def _fill(template: str, values: dict[str, int]) -> str:
-    for axis, i in values.items():
-        template = template.replace(f"{{{axis}}}", str(i))
-    return template
-
-
-def _element(param: Param, hf: str | None) -> Param:
-    spec = None if param.sharding is None else PartitionSpec(*param.sharding[1:])
-    shape = param.shape[1:]
-    return replace(param, axes=param.axes[1:], shape=shape, sharding=spec, hf=hf)
-
-
-def _is_listed(path: str) -> bool:
-    return any(part.isdigit() for part in path.split("."))
-
-
-def _with_index(name: str, path: str, index: int) -> str:
-    """`layers.attn.q` as `layers.3.attn.q`: the place of an element, as in a list."""
-    parts, head = name.split("."), path.split(".")[0]
-    if _is_listed(path) or head not in parts:
-        last = parts[-1] in ("weight", "bias")
-        at = len(parts) - last
-    else:
-        at = parts.index(head) + 1
-    return ".".join([*parts[:at], str(index), *parts[at:]])
-
-
-def _copied(template: str, path: str, name: str, index: int) -> str:
-    """The tensor of a copy: renamed as the copy's path is."""
-    if template == path:
-        return name
-    parts, old, new = template.split("."), path.split("."), name.split(".")
-    if len(new) > len(old):
-        return _with_index(template, path, index)
-    if old[0] in parts:
-        return ".".join(new[0] if part == old[0] else part for part in parts)
-    return ".".join([*parts[:1], f"again{index}", *parts[1:]])
-
-
 # Elements
 
 
 Key = tuple[str, str]  # a block's name and a parameter's in it
 
 
-def _take_elements(program: Program, made: _Made) -> bool:
+def _take_elements(program: Program, made: Made) -> bool:
     """Parameters of which only elements are read -> a parameter for each; whether there are any."""
     before = len(made.elements)
     blocks = {block.name: block for block in program.all()}
@@ -235,7 +92,7 @@ def _take_elements(program: Program, made: _Made) -> bool:
             param = blocks[block].params.pop(name)
             own = [f"{name}.{i}" for i in range(param.shape[0])]
             names[block, name] = made.take_elements(name) if block == root else own
-            elements = {element: _element(param, None) for element in names[block, name]}
+            elements = {element: element_of(param, None) for element in names[block, name]}
             blocks[block].params.update(elements)
             _read_elements(blocks[block], found[block, name] or [], names[block, name])
         for caller, call, callee in _calls(program):
@@ -247,7 +104,7 @@ def _take_elements(program: Program, made: _Made) -> bool:
     return len(made.elements) > before
 
 
-def _worth(made: _Made, paths: list[str], used: set[int]) -> bool:
+def _worth(made: Made, paths: list[str], used: set[int]) -> bool:
     """Whether parameters of these paths can be taken apart, and enough of them is read."""
     for path in paths:
         param, map_ = made.params[path], made.map_of(path)
@@ -368,7 +225,7 @@ class _Use:
     is_vocab: bool = False
 
 
-def _copy_for_each_use(program: Program, made: _Made) -> None:
+def _copy_for_each_use(program: Program, made: Made) -> None:
     """A parameter that is used in several ways -> one for each of them, callees first."""
     added: dict[str, dict[str, str]] = {}  # block -> its new parameters, and of which they are
     for block in program.all():
@@ -377,15 +234,15 @@ def _copy_for_each_use(program: Program, made: _Made) -> None:
             bound |= {new: bound[old] for new, old in added[str(call.target)].items()}
         is_root = block is program.root
         added[block.name] = {}
-        for name, uses in _uses(block).items():
+        for name, uses in _uses(block, program.model).items():
             if len(uses) < 2:
                 continue
             uses.sort(key=lambda use: not use.is_vocab)
             called = any(use.call is not None for use in uses)
-            numbered = is_root and called and not _is_listed(name) and not uses[0].is_vocab
+            numbered = is_root and called and not is_listed(name) and not uses[0].is_vocab
             names = [name, *(f"again{j}_{name}" for j in range(1, len(uses)))]
             if numbered:
-                names = [_with_index(name, name, j) for j in range(len(uses))]
+                names = [with_index(name, name, j) for j in range(len(uses))]
             param = block.params.pop(name)
             for new, use in zip(names, uses, strict=True):
                 block.params[new] = param
@@ -395,8 +252,11 @@ def _copy_for_each_use(program: Program, made: _Made) -> None:
             added[block.name] |= dict.fromkeys(names[1:], name)
 
 
-def _uses(block: Block) -> dict[str, list[_Use]]:
-    """The uses of each parameter, in order. All that plain torch reads is one."""
+def _uses(block: Block, model: Model) -> dict[str, list[_Use]]:
+    """The uses of each parameter, in order. All that plain torch reads is one.
+
+    So are embedding and unembedding where the engine has a layer for a tied vocabulary.
+    """
     found: dict[str, list[_Use]] = {}
     rest: dict[str, _Use] = {}
     vocab: dict[str, _Use] = {}
@@ -410,7 +270,11 @@ def _uses(block: Block) -> dict[str, list[_Use]]:
             if is_call(node, *_NORMS):
                 uses.append(_Use(users=[node]))
                 continue
-            kind = vocab if is_call(node, *_VOCAB) else rest
+            by_rows = bool(partition_spec(block.params[name], model.table)[:1] == ("tp",))
+            kind = vocab if is_call(node, *_VOCAB) and by_rows else rest
+            if is_call(node, ops.embed) and not by_rows:
+                uses.append(_Use(users=[node], is_vocab=True))
+                continue
             if name not in kind:
                 kind[name] = _Use(is_vocab=kind is vocab)
                 uses.append(kind[name])

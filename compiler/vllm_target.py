@@ -19,6 +19,7 @@ from compiler.own_parameters import own_parameters
 from compiler.partition import Partitioned, check_tokens_apart, partition
 from compiler.passes import run_passes
 from compiler.passes.outline_layers import outline_layers
+from compiler.passes.spell_unembedding import spell_unembedding
 from compiler.trace import trace
 from compiler.verify import verify
 from funcmodels.atomic import write_file
@@ -36,7 +37,7 @@ def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
     Raises:
         TraceError, LoweringError: with the user's line.
     """
-    program = outline_layers(own_parameters(trace(model)))
+    program = outline_layers(own_parameters(spell_unembedding(trace(model))))
     verify(program)
     check_tokens_apart(program)
     lowered = run_passes(partition(program, "tp", strict=strict))

@@ -119,7 +119,7 @@ ROWS = [
     row("unary", all_of(UNARY, lambda f, x: f(x)), "a/tp b"),
     row("unary of positives", all_of(POSITIVE, lambda f, x: f(x.abs() + 0.5)), "a/tp b"),
     row("unary of small ones", all_of(BELOW_ONE, lambda f, x: f(x.tanh() / 2)), "a/tp b"),
-    row("threshold", lambda x: F.threshold(x, 0.1, 2.0) + torch.logit(x.sigmoid()), "a/tp b"),
+    row("threshold", lambda x: F.threshold(x, 0.1, 2.0) + torch.logit(x.sigmoid()) + torch.acosh(x.abs() + 2), "a/tp b"),
     row("powers", lambda x, y: torch.float_power(x.abs() + 1, y) + torch.xlogy(x, y.abs() + 1)
         + torch.heaviside(x.detach(), y.detach()), "a/tp b", "a b"),
     row("binary", all_of(BINARY, lambda f, x, y: f(x, y)), "a/tp b", "a b"),

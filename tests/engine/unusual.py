@@ -140,7 +140,7 @@ def shared_forward(params, tokens, positions, segment_ids=None):
 
 
 def shared_own(i: int) -> dict[str, Any]:
-    own = {
+    own: dict[str, Any] = {
         "norm": P("hidden", init="ones"),
         "a": P("rank hidden"),
         "b": P("heads head_dim rank"),
