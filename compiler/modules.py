@@ -107,9 +107,9 @@ class _Planner:
         self.visit(self.split.body, own, self.plan.inner)
         shared = set(self.split.head.params) & set(self.split.body.params)
         self.plan.tied = bool(shared)
-        if shared:
-            self.plan.lora_targets.append("lm_head")
         heads = [n for n in self.split.head.graph.nodes if n.target is layers.logits]
+        if shared and heads:
+            self.plan.lora_targets.append("lm_head")
         tables = [str(param.target) for n in heads for param in n.all_input_nodes]
         self.plan.head = next((path for path in tables if path in shared), None)
         self.prefix = ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass
 
 from torch import fx
 
-from compiler.ir import Block
+from compiler.ir import Block, binding
 from compiler.modules import Placed
+from compiler.rewrite import is_call
 from compiler.roll import Loop, roll
 
 
@@ -41,7 +44,7 @@ def why_one_stage(body: Block, root: Root) -> str | None:
     """
     loop = root.loop
     if loop is None:
-        return "its layers are not one loop, each taking what the one before returns"
+        return _why_no_loop(body)
     _, positions = body.inputs
     before = set(root.before) - {positions}
     constants = [a for a in loop.pattern if isinstance(a, fx.Node)]
@@ -49,12 +52,35 @@ def why_one_stage(body: Block, root: Root) -> str | None:
         for used in node.all_input_nodes:
             first = node is loop.calls[0] and used in loop.initial
             if used in before and not first and used.op != "get_attr":
-                return f"{used.name}, made before the layers, is used after them or in each"
+                where = used.meta.get("where")
+                return f"what is made at {where}, before the layers, is used in each or after them"
     if not loop.results:
         return "its layers return nothing"
     if other := next((c for c in constants if c is not positions), None):
-        return f"every layer reads {other.name} beside the positions"
+        return f"every layer reads what is made at {other.meta.get('where')}"
     return None
+
+
+def _why_no_loop(body: Block) -> str:
+    """Why the calls of a model's layers are not one loop."""
+    lists: dict[str, list[fx.Node]] = {}
+    for call in body.calls:
+        indexed = (path.split(".") for path in binding(call).values())
+        names = {f"{name}.{rest[0]}" for name, *rest in indexed if rest and rest[0].isdigit()}
+        for name in names if len(names) == 1 else ():
+            lists.setdefault(name.partition(".")[0], []).append(call)
+    if not lists:
+        return "it has no list of layers"
+    if len(lists) > 1:
+        return f"its layers are in several lists: {', '.join(lists)}"
+    ((name, calls),) = lists.items()
+    for i, (call, after) in enumerate(itertools.pairwise(calls)):
+        values = [call, *(user for user in call.users if is_call(user, operator.getitem))]
+        users = {user for value in values for user in value.users} - {*values, after}
+        if users:
+            where = min((user.meta.get("where") for user in users), key=str)
+            return f"what {name}.{i} returns is used at {where}, and not by {name}.{i + 1} alone"
+    return f"the calls of {name} are not one loop, each taking what the one before returns"
 
 
 def layers_of_stages(layers: int, stages: int) -> list[range]:

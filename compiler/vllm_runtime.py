@@ -6,7 +6,7 @@ They may use the names that the file imports, and nothing of this package.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 
 import torch
@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from vllm import _custom_ops
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 
 
 class FastRMSNorm(RMSNorm):
@@ -181,11 +186,6 @@ def read_tensors(weights: Iterable[tuple[str, torch.Tensor | str]]):
         yield name, weight
 
 
-def drop_tied(weights: Iterable[tuple[str, torch.Tensor]], tied: dict):
-    """The same weights without those stored a second time, which must be equal to the first."""
-    held = {}
-    for name, weight in weights:
-        own = tied.get(name, name)
 def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeated: dict):
     """The same weights; some in parts, as those stacked over layers, some once for each use."""
     for name, weight in weights:
@@ -195,6 +195,11 @@ def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeate
             yield from ((copy, weight) for copy in repeated.get(name, [name]))
 
 
+def drop_tied(weights: Iterable[tuple[str, torch.Tensor]], tied: dict):
+    """The same weights without those stored a second time, which must be equal to the first."""
+    held = {}
+    for name, weight in weights:
+        own = tied.get(name, name)
         if own in tied.values() and not torch.equal(held.setdefault(own, weight), weight):
             raise ValueError(
                 f"{name} is not the tensor that it is tied to\n"
@@ -259,11 +264,6 @@ def check_ranks(*axes: tuple[str, int, bool]) -> None:
             )
 
 
-def check_full_attention(vllm_config: VllmConfig) -> None:
-    """Refuse a sliding window of config.json over a model that attends to all tokens."""
-    window = vllm_config.cache_config.sliding_window
-    if window is not None:
-        raise ValueError(
 def numbered(prefix: str, vllm_config: VllmConfig) -> str:
     """A name for an attention layer with one number in it: the engine sorts caches by that."""
     parts = prefix.split(".")
@@ -273,10 +273,26 @@ def numbered(prefix: str, vllm_config: VllmConfig) -> str:
     return ".".join([*(f"_{p}" if p.isdigit() else p for p in parts), str(1000 + made)])
 
 
+def check_full_attention(vllm_config: VllmConfig) -> None:
+    """Refuse a sliding window of config.json over a model that attends to all tokens."""
+    window = vllm_config.cache_config.sliding_window
+    if window is not None:
+        raise ValueError(
             f"config.json sets sliding_window={window}, "
             "but this model attends to all tokens\n"
             "  fix:  set sliding_window to null in config.json, "
             "or pass window= to ops.attention"
+        )
+
+
+def check_one_stage(vllm_config: VllmConfig, why: str) -> None:
+    """Refuse pipeline stages for a model that cannot be cut into them."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"this model cannot be cut into {stages} pipeline stages: {why}\n"
+            "  fix:  pipeline_parallel_size=1, with more tensor_parallel_size instead; or one list "
+            "of layers,\n        each called with what the one before returned, and positions"
         )
 
 
@@ -322,6 +338,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float
     if offset:
         return (h * (offset + weight.float())).to(x.dtype)
     return h.to(x.dtype) * weight
+
+
+def made_in_time(vllm_config: VllmConfig, make_empty: Callable) -> Callable:
+    """The same; on a CPU, an eager engine is made to call it before the first request.
+
+    What a later stage receives goes to tensors made when the engine warms up. Eagerly, on a CPU, it
+    leaves that out: it is told that it compiles until it has warmed up.
+    """
+    config = vllm_config.compilation_config
+    eager_on_cpu = config.mode == CompilationMode.NONE and current_platform.is_cpu()
+    if get_pp_group().is_first_rank or not eager_on_cpu:
+        return make_empty
+    config.mode = CompilationMode.STOCK_TORCH_COMPILE
+
+    def make(batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+        config.mode = CompilationMode.NONE
+        return make_empty(batch_size, dtype, device)
+
+    return make
 
 
 def own_block(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:

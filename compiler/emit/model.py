@@ -325,11 +325,13 @@ class _Writer:
         if root.loop is None:
             return [*symbol_lines(scope), *before, f"        return {scope.value(result)}"]
         loop, names = root.loop, self.carried()
-        starts = []
-        for carried, initial in zip(names, loop.initial, strict=True):
-            value = "None" if initial is None else scope.value(initial)
-            if value != carried:
-                starts.append(f"        {carried} = {value}")
+        values = ["None" if i is None else scope.value(i) for i in loop.initial]
+        changed = [(n, v) for n, v in zip(names, values, strict=True) if n != v]
+        # At once: one of the values may be what another's name has held so far.
+        starts = [self.keep(node) for node in self.read_later() if scope.names.get(node) in names]
+        if changed:
+            left, right = (", ".join(side) for side in zip(*changed, strict=True))
+            starts.append(f"        {left} = {right}")
         for node, carried in zip(loop.results, names, strict=True):
             scope.bind(node, carried)
         arguments = [names[p] if isinstance(p, int) else scope.value(p) for p in loop.pattern]
@@ -360,6 +362,23 @@ class _Writer:
             end,
         ]
 
+    def read_later(self) -> list[fx.Node]:
+        """What is made before the loop over the layers, and read in each of them or after it."""
+        loop = self.root.loop
+        assert loop is not None
+        used = [n for node in self.root.after for n in node.all_input_nodes]
+        used += [a for a in loop.pattern if isinstance(a, fx.Node)]
+        before = {n for n in self.root.before if n.op != "get_attr"}
+        return [node for node in dict.fromkeys(used) if node in before]
+
+    def keep(self, node: fx.Node) -> str:
+        """Give a value a name that the loop does not use."""
+        scope, old = self.body, self.body.names[node]
+        new = unique(node.name if node.name != old else "first", scope.names.values())
+        del scope._bound[old]
+        scope._bound[new], scope.names[node] = node, new
+        return f"        {new} = {old}"
+
     def around(self, nodes: list[fx.Node], embedding: fx.Node, embed: list[str]) -> list[str]:
         """Statements, with the embedding's own lines in its place."""
         at = nodes.index(embedding)
@@ -385,10 +404,7 @@ class _Writer:
         for name in ("check_config", "check_ranks", "check_registered", "tensors_to_await"):
             m.help(name)
         logits = self.logits_lines()
-        bases = ["nn.Module", m.help("AdaptersApart"), "SupportsLoRA"]
-        bases += ["SupportsPP"] if self.staged else []
-        if self.staged:
-            m.use("SupportsPP")
+        bases = ["nn.Module", m.help("AdaptersApart"), "SupportsLoRA", m.use("SupportsPP")]
         return [
             f"class {self.model.name}({', '.join(bases)}):",
             f'    compiled_by = "funcmodels {__version__}"',
@@ -400,6 +416,7 @@ class _Writer:
             "        super().__init__()",
             "        check_config(vllm_config, COMPILED_FOR)",
             *self.check_ranks(),
+            *self.check_stages(),
             f"        check_registered({self.model.name}, vllm_config)",
             "        self.config = vllm_config.model_config.hf_config",
             "        self.awaited = tensors_to_await(vllm_config, TENSORS)",
@@ -409,7 +426,7 @@ class _Writer:
                 8,
             ),
             *self.head_constructor(),
-            *(_alias("make_empty_intermediate_tensors", inner) if self.staged else []),
+            *self.make_empty(),
             "",
             "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
             f"        return self.{inner}.embed_input_ids(input_ids)",
@@ -436,6 +453,21 @@ class _Writer:
             for need in strongest(served_needs(self.program))
         ]
         return call(self.module.help("check_ranks"), list(dict.fromkeys(rows)), 8) if rows else []
+
+    def check_stages(self) -> list[str]:
+        """Why the model is refused in several pipeline stages, if it is."""
+        why = why_one_stage(self.split.body, self.root)
+        if why is None:
+            return []
+        return call(self.module.help("check_one_stage"), ["vllm_config", quoted(why)], 8)
+
+    def make_empty(self) -> list[str]:
+        """What makes the tensors that a stage receives."""
+        if not self.staged:
+            return []
+        arguments = ["vllm_config", f"self.{self.plan.inner}.make_empty_intermediate_tensors"]
+        made = f"self.make_empty_intermediate_tensors = {self.module.help('made_in_time')}"
+        return call(made, arguments, 8)
 
     def packed(self) -> dict[str, str]:
         """Fused module -> its parts, as quantisation and LoRA ask for them."""
@@ -517,14 +549,6 @@ def _axes(model: Model) -> dict[str, int]:
     if len(lists) == 1 and "layers" not in found:
         found["layers"] = next(iter(lists.values()))
     return found
-
-
-def _alias(name: str, inner: str) -> list[str]:
-    """`self.name = self.inner.name`, in parentheses where that is too long."""
-    line = f"        self.{name} = self.{inner}.{name}"
-    if len(line) <= WIDTH:
-        return [line]
-    return [f"        self.{name} = (", f"            self.{inner}.{name}", "        )"]
 
 
 def _from(source: str, names: list[str]) -> list[str]:

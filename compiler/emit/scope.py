@@ -17,6 +17,7 @@ from compiler.needs import Exact
 _ROOT = "vllm.model_executor"
 # Where each name that emitted source may use comes from.
 IMPORTS = {
+    "Callable": "collections.abc",
     "Iterable": "collections.abc",
     "islice": "itertools",
     "product": "itertools",
@@ -28,6 +29,7 @@ IMPORTS = {
     "safe_open": "safetensors",
     "_custom_ops": "vllm",
     "support_torch_compile": "vllm.compilation.decorators",
+    "CompilationMode": "vllm.config",
     "VllmConfig": "vllm.config",
     "get_pp_group": "vllm.distributed",
     "get_tensor_model_parallel_rank": "vllm.distributed",
@@ -71,6 +73,14 @@ HELPERS_USE = {
     "add_head": ("Iterable", "nn", "torch"),
     "check_ranks": ("get_tensor_model_parallel_world_size",),
     "drop_tied": ("Iterable", "torch"),
+    "made_in_time": (
+        "Callable",
+        "CompilationMode",
+        "IntermediateTensors",
+        "current_platform",
+        "get_pp_group",
+        "torch",
+    ),
     "note_tensors": ("Iterable", "torch"),
     "own_block_loader": ("torch",),
     "own_block": (
@@ -82,6 +92,7 @@ HELPERS_USE = {
     "read_tensors": ("Iterable", "safe_open", "torch"),
     "rms_norm": ("torch",),
     "spelled_out": ("product",),
+    "take_apart": ("Iterable", "torch"),
     "warn_length": ("init_logger",),
 }
 # And which of the other helpers.
@@ -92,7 +103,6 @@ HELPERS_CALL = {"own_block_loader": ("own_block",)}
 class Module:
     """The file being written.
 
-    "take_apart": ("Iterable", "torch"),
     Args:
         prefix: what class names begin with.
         axes: axis name -> size, for those that have one size throughout the model.
