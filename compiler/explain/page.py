@@ -16,6 +16,7 @@ from compiler.explain.tables import (
     collective_bytes,
     collective_rows,
     layout,
+    parameter_rows,
     plain_rows,
     remark,
     shape_text,
@@ -293,18 +294,18 @@ def _parameters(found: Explanation) -> str:
         if block.parameters:
             where = f"<span>{escape(str(block.where))}</span>" if block.where else ""
             rows.append(f"{escape(block.name)}{times(block)}{where}")
-            rows += [_parameter(found, p) for p in block.parameters]
+            rows += [_parameter(found, p, name) for p, name in parameter_rows(block)]
     unread = f"Not read by forward, so not served: {listed(found.unread)}." if found.unread else ""
     foot = f'<p class="foot">{escape(unread)}</p>' if unread else ""
     return f'<div class="wide">{_table(columns, rows)}</div>{foot}'
 
 
-def _parameter(found: Explanation, p: Parameter) -> list[str]:
+def _parameter(found: Explanation, p: Parameter, name: str) -> list[str]:
     part = f" [{p.part}]" if p.part else ""
     tags = [name for name, yes in _tags(p) if yes]
     tags += [note] if (note := remark(p, found.tp)) else []
     return [
-        _cell(p.path, "mono path"),
+        _cell(name, "mono path"),
         _number(shape_text(p.shape)),
         _number(shape_text(p.local_shape)),
         _number(bytes_text(p.bytes)),

@@ -122,6 +122,20 @@ def remark(parameter: Parameter, tp: int) -> str:
     return ", ".join(found)
 
 
+def parameter_rows(block: BlockView) -> list[tuple[Parameter, str]]:
+    """The parameters of a block, those alike once; a name says how often, if not as the block."""
+    first: dict[Any, Parameter] = {}
+    counts: Counter[Any] = Counter()
+    for p in block.parameters:
+        key = (p.path, p.module, p.part, p.layer, p.shape, p.local_shape)
+        first.setdefault(key, p)
+        counts[key] += p.count
+    return [
+        (p, p.path if counts[key] == block.count else f"{p.path} ×{counts[key]}")
+        for key, p in first.items()
+    ]
+
+
 def _parameters(found: Explanation, block: BlockView) -> Table:
     table = _table(
         title_of(block),
@@ -134,9 +148,9 @@ def _parameters(found: Explanation, block: BlockView) -> Table:
         "",
         "",
     )
-    for p in block.parameters:
+    for p, name in parameter_rows(block):
         part = f" [{p.part}]" if p.part else ""
-        row = [p.path, shape_text(p.shape), shape_text(p.local_shape), bytes_text(p.bytes)]
+        row = [name, shape_text(p.shape), shape_text(p.local_shape), bytes_text(p.bytes)]
         row += [p.layer, p.module + part, flags(p), remark(p, found.tp)]
         table.add_row(*map(Text, row))
     return table
