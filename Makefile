@@ -32,6 +32,7 @@ format: setup ## let ruff fix and format
 bench: setup ## the benchmarks, side by side with their peers
 	$(PY) -m benchmarks.compile
 	$(PY) -m benchmarks.serve
+	$(PY) -m benchmarks.start
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -97,7 +97,7 @@ def start_engine(side: str, folder: Path, *, compiled: bool) -> Callable[[Load, 
 
     def run(load: Load, seed: int) -> float:
         rng = random.Random(seed)  # the same tokens on every side
-        prompts = [
+        prompts: Any = [
             {"prompt_token_ids": [rng.randrange(100, 40_000) for _ in range(load.prompt)]}
             for _ in range(load.batch)
         ]
