@@ -2,9 +2,9 @@
 
     python -m benchmarks.start [--quick] [--json FILE]
 
-SmolLM2-135M-Instruct, bfloat16, eager, tensor parallel 1. Each start is a process of its own, and
-the sides take turns. "start" is `LLM(...)` after imports, compiling and registering the model included;
-"load" is what vLLM says that loading the weights took; "memory" is the most that was resident.
+Each start is a process of its own, and the sides take turns. "start" is `LLM(...)` after imports,
+compiling and registering the model included; "load" is the time in vLLM's loader; "memory" is the
+most that was resident. SmolLM2-135M-Instruct, bfloat16, eager, tensor parallel 1.
 """
 
 import json
