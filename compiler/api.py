@@ -7,6 +7,7 @@ from compiler.explain import DEVICES, Device, Explanation, explain
 from compiler.pad import Padded, pad_heads
 from compiler.parallel import ParallelContext
 from compiler.register import register
+from compiler.strict import allow
 from compiler.torch_target import CompiledModel, compile_to_torch
 from compiler.trace import trace
 from compiler.vllm_target import compile_to_vllm, emit
@@ -19,6 +20,7 @@ __all__ = [
     "Grid",
     "Padded",
     "ParallelContext",
+    "allow",
     "check",
     "check_grid",
     "compile_to_torch",

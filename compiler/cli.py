@@ -40,7 +40,13 @@ Ranks = Annotated[
 One = Annotated[int, typer.Option(min=1, help="tensor-parallel ranks")]
 Stages = Annotated[int, typer.Option(min=1, help="pipeline stages")]
 Experts = Annotated[int, typer.Option(min=1, help="ranks that share the experts")]
-Strict = Annotated[bool, typer.Option("--strict", help="refuse operations that would gather")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="refuse gathers, and products outside of vLLM's layers")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="strict, but not about this function or file.py:line; may be repeated"),
+]
 
 
 class CommandError(FuncModelsError):
@@ -114,15 +120,16 @@ def emit(
         Path | None, typer.Option("--output", "-o", help="a file; else print")
     ] = None,
     strict: Strict = False,
+    allow: Allow = None,
 ) -> None:
     """Print the model's vLLM class, or write it: a file that needs torch and vLLM only."""
     from compiler.vllm_target import source_for_vllm
 
     found = find_model(model)
     if output is None:
-        print(source_for_vllm(found, strict=strict), end="")
+        print(source_for_vllm(found, strict=_strict(strict, allow)), end="")
         return
-    print(fm.emit(found, output, strict=strict))
+    print(fm.emit(found, output, strict=_strict(strict, allow)))
 
 
 @app.command()
@@ -189,9 +196,11 @@ def register(
         str | None, typer.Option(help="architecture; the model's own if not given")
     ] = None,
     strict: Strict = False,
+    allow: Allow = None,
 ) -> None:
     """Make the model known to every vLLM that this user starts from now on."""
-    name = fm.register(find_model(model), name=name, persist=True, strict=strict)
+    only = _strict(strict, allow)
+    name = fm.register(find_model(model), name=name, persist=True, strict=only)
     print(f"{name} is registered: vLLM serves folders whose config.json names it")
 
 
@@ -256,6 +265,11 @@ def _module(place: str) -> Any:
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise CommandError(f"cannot import {place}", got=str(error)) from error
     return module
+
+
+def _strict(strict: bool, allowed: list[str] | None) -> Any:
+    """What `--strict` and `--allow` say together."""
+    return fm.allow(*allowed) if allowed else strict
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -21,6 +21,7 @@ from compiler.names import unique
 from compiler.needs import Exact, Need
 from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
 from compiler.rules import RULES, TOKENS, Decision, View, decide, is_cut, vocab_embed
+from compiler.strict import Strict, refuses, ways_out
 from compiler.verify import verify
 from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
@@ -47,13 +48,14 @@ class Partitioned(Program):
     gathered: list[Gathered] = field(default_factory=list)
 
 
-def partition(program: Program, axis: str = "tp", *, strict: bool = False) -> Partitioned:
+def partition(program: Program, axis: str = "tp", *, strict: Strict = False) -> Partitioned:
     """Partition a program along one mesh axis.
 
     Args:
         program: in the global view.
         axis: the mesh axis.
-        strict: refuse an operation that has no rule, instead of gathering its operands.
+        strict: refuse an operation that has no rule, instead of gathering its operands, but for
+            places that `fm.allow` names.
     Raises:
         LoweringError: with strict, the first operation that has no rule.
     """
@@ -61,7 +63,7 @@ def partition(program: Program, axis: str = "tp", *, strict: bool = False) -> Pa
 
 
 class _Partitioner:
-    def __init__(self, program: Program, axis: str, strict: bool) -> None:
+    def __init__(self, program: Program, axis: str, strict: Strict) -> None:
         self.source = program
         self.axis = axis
         self.strict = strict
@@ -102,12 +104,13 @@ class _Partitioner:
 
     def note_gather(self, block: Block, node: fx.Node) -> None:
         name = target_name(node.target)
-        if self.strict:
+        where = node.meta["where"]
+        if refuses(self.strict, where):
             raise LoweringError(
                 f"no sharding rule for {name} over a sharded dim",
                 node=f"{node.format_node()}",
-                from_=node.meta["where"],
-                fix="shard its axis differently, or allow gathering: strict=False",
+                from_=where,
+                fix=f"shard its axis differently, or allow gathering here: {ways_out(where)}",
             )
         self.gathered.append(Gathered(block.name, node.name, name, node.meta["where"]))
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from compiler.strict import Strict
 from compiler.vllm_target import cache_folder, load_model
 from funcmodels.atomic import write_file
 from funcmodels.errors import FuncModelsError
@@ -33,7 +34,7 @@ def register(
     *,
     name: str | None = None,
     persist: bool = False,
-    strict: bool = False,
+    strict: Strict = False,
 ) -> str:
     """Make `LLM(folder)` and `vllm serve folder` find a model, at any parallel sizes.
 

@@ -20,6 +20,7 @@ from compiler.partition import Partitioned, check_tokens_apart, partition
 from compiler.passes import run_passes
 from compiler.passes.outline_layers import outline_layers
 from compiler.passes.spell_unembedding import spell_unembedding
+from compiler.strict import Strict, check_strict
 from compiler.trace import trace
 from compiler.verify import verify
 from funcmodels.atomic import write_file
@@ -31,7 +32,7 @@ _PACKAGE = "funcmodels_served"
 _MODELS: dict[type, list[Model]] = {}
 
 
-def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
+def lower_to_vllm(model: Model, *, strict: Strict = False) -> Partitioned:
     """The program of one tensor-parallel rank, in vLLM's layers.
 
     Raises:
@@ -42,10 +43,11 @@ def lower_to_vllm(model: Model, *, strict: bool = False) -> Partitioned:
     check_tokens_apart(program)
     lowered = run_passes(partition(program, "tp", strict=strict))
     assert isinstance(lowered, Partitioned)
+    check_strict(lowered, strict)
     return lowered
 
 
-def source_for_vllm(model: Model, *, strict: bool = False) -> str:
+def source_for_vllm(model: Model, *, strict: Strict = False) -> str:
     """The Python text of a model's vLLM class: a file that needs torch and vLLM only."""
     with uncollected():
         return emit_model(lower_to_vllm(model, strict=strict))
@@ -63,12 +65,13 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def compile_to_vllm(model: Model, *, strict: bool = False) -> type:
+def compile_to_vllm(model: Model, *, strict: Strict = False) -> type:
     """A model as a class that vLLM can register and serve at any tensor-parallel size.
 
     Args:
         model: the model.
-        strict: refuse operations that have no sharding rule, instead of gathering.
+        strict: refuse what is right but slow: values that are gathered, and products with
+            parameters in plain torch; `fm.allow("a_function", "my_model.py:31")` but for these.
     Returns:
         A class, loaded from the emitted source; `cls.source` is that text, `cls.source_file` the
         file it was loaded from.
@@ -79,7 +82,7 @@ def compile_to_vllm(model: Model, *, strict: bool = False) -> type:
     return load_model(model, strict=strict)
 
 
-def load_model(model: Model, *, strict: bool = False) -> Any:
+def load_model(model: Model, *, strict: Strict = False) -> Any:
     """The class of a model; this process remembers of which model it is."""
     cls: Any = load_source(source_for_vllm(model, strict=strict), model.name)
     others = [m for m in _MODELS.get(cls, []) if m.tensor_maps != model.tensor_maps]
@@ -96,7 +99,7 @@ def model_of(cls: type) -> Model | None:
     return models[0] if len(models) == 1 else None
 
 
-def emit(model: Model, path: str | os.PathLike[str], *, strict: bool = False) -> Path:
+def emit(model: Model, path: str | os.PathLike[str], *, strict: Strict = False) -> Path:
     """Write a model's vLLM class to a file, which works where funcmodels is not installed."""
     path = Path(path)
     write_file(path, source_for_vllm(model, strict=strict).encode())

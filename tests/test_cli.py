@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,52 @@ def test_emit_to_a_file(tmp_path, capsys):
     path = tmp_path / "served.py"
     assert run(capsys, "emit", HELLO, "-o", str(path)).strip() == str(path)
     assert path.read_text() == run(capsys, "emit", HELLO)
+
+
+def test_explain(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    out = run(capsys, "explain", folder, "--tp", "2", "--device", "h100")
+    [row] = [line.split() for line in out.splitlines() if "layers.*.attn.o" in line]
+    assert row[1:4] == ["32×4×8", "32×2×8", "1.02"]
+    assert "all_reduce" in out
+    assert "decoding 1 sequence" in out
+
+
+def test_explain_to_files(tmp_path, capsys):
+    files = tmp_path / "hello.json", tmp_path / "hello.html"
+    out = run(
+        capsys, "explain", HELLO, "--pp", "2", "--json", str(files[0]), "--html", str(files[1])
+    )
+    assert out.split() == list(map(str, files))
+    assert json.loads(files[0].read_text())["pp"] == 2
+    assert "<svg" in files[1].read_text()
+
+
+def test_explain_refuses(capsys):
+    assert "has no experts" in fail(capsys, "explain", HELLO, "--ep", "2")
+    assert "no dtype int3" in fail(capsys, "explain", HELLO, "--dtype", "int3")
+
+
+def test_strict_and_allow(tmp_path, capsys):
+    file = tmp_path / "odd.py"
+    file.write_text(
+        "import funcmodels as fm\nfrom funcmodels import ops\n"
+        "P = fm.axes(vocab=64, hidden=16)\n"
+        "def forward(p, tokens, positions, segment_ids=None):\n"
+        "    w = p['a'] @ p['a'].T\n"
+        "    return ops.unembed(ops.embed(tokens, p['e']) @ w, p['e'])\n"
+        "params = {'e': P('vocab hidden'), 'a': fm.axes(hidden=16, r=2)('hidden r')}\n"
+        "model = fm.Model('Odd', None, params, forward, sharding={'vocab': 'tp'})\n"
+    )
+    assert "odd.py:5 in forward" in fail(capsys, "emit", f"{file}:model", "--strict")
+    run(capsys, "emit", f"{file}:model", "--allow", "forward")
+
+
+def test_check_a_grid(capsys):
+    out = run(capsys, "check", HELLO, "--tp", "2", "--tp", "3", "--pp", "2", "--grid")
+    assert out.count("works") == 1
+    assert out.count("no:") == 1
+    assert "tp=2, pp=2 works" in run(capsys, "check", HELLO, "--tp", "2", "--pp", "2")
 
 
 def test_check(capsys):

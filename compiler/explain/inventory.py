@@ -25,7 +25,6 @@ from compiler.emit.layers import BUILDERS, Layer
 from compiler.emit.model import module_of
 from compiler.emit.scope import Scope
 from compiler.explain.records import BlockView, Collective, Parameter, Stage, Step, Work
-from compiler.explain.why import is_product, is_view, why_plain
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Sym, TensorType, binding, target_name
 from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
@@ -34,6 +33,7 @@ from compiler.rewrite import is_param
 from compiler.rules import letters_of
 from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
+from compiler.why import is_product, is_view, why_plain
 from funcmodels import ops
 from funcmodels.source import SourceLine
 from funcmodels.spec import Param
