@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +107,27 @@ def _out_of_place(name: str) -> str:
     if name == "__set__":
         return "make a new tensor instead of setting an attribute"
     return f"use {name.rstrip('_')} and bind the result: x = x.{name.rstrip('_')}(...)"
+
+
+def random_states() -> tuple[object, ...]:
+    """Where the random number generators of Python and NumPy are."""
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state(legacy=False)["state"]
+    return random.getstate(), None if drawn is None else (drawn["pos"], drawn["key"].tobytes())
+
+
+def drew_numbers(fn: Callable[..., Any], before: tuple[object, ...]) -> None:
+    """Refuse a function that draws from Python's or NumPy's generator: it would be frozen."""
+    names = ("random", "numpy.random")
+    found = [n for n, a, b in zip(names, before, random_states(), strict=True) if a != b]
+    if found:
+        raise TraceError(
+            f"{name_of(fn)} draws random numbers from {found[0]}",
+            got="a number that is another one each time it is called",
+            need="a pure function: the same arguments give the same result",
+            from_=_defined(fn),
+            fix="a config field, or a parameter that is not trained",
+        )
 
 
 def mutated_tree(fn: Callable[..., Any], before: list[Any], after: list[Any]) -> None:

@@ -213,12 +213,13 @@ class _Tracer(TorchFunctionMode):
 
     def _call(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Call a function of the user's; what it must not do becomes our error."""
-        before = pytree.tree_leaves((args, kwargs))
+        before, drawn = pytree.tree_leaves((args, kwargs)), refuse.random_states()
         try:
             result = fn(*args, **kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
         self._check_branches()
+        refuse.drew_numbers(fn, drawn)
         refuse.mutated_tree(fn, before, pytree.tree_leaves((args, kwargs)))
         if self.refused is not None:
             raise self.refused

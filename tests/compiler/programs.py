@@ -17,7 +17,7 @@ from compiler.partition import Partitioned
 torch.set_num_threads(1)  # the tensors here are tiny
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 24, 16, 4, 2, 4, 12
-TABLE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
+TABLE: dict[str, str | None] = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
 
 
 def axes() -> fm.Axes:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
 
 import funcmodels as fm
 from funcmodels import ops
@@ -27,6 +29,8 @@ class Spec:
     layers: int
     tied: bool
     final_norm: bool
+    arranged: str  # how the layers' parameters are: "listed", "stacked" or "shared"
+    head: str  # how the logits are written
 
 
 @st.composite
@@ -34,7 +38,8 @@ def specs(draw: Any, steps: tuple[str, ...] = ()) -> Spec:
     kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
     sizes = {
         "vocab": draw(st.sampled_from([8, 12, 15])),
-        "hidden": draw(st.sampled_from([6, 8, 12])),
+        "hidden": (hidden := draw(st.sampled_from([6, 8, 12]))),
+        "hidden_out": hidden,
         "kv_heads": kv_heads,
         "heads": kv_heads * draw(st.sampled_from([1, 2, 3])),
         "head_dim": draw(st.sampled_from([2, 4])),
@@ -57,42 +62,66 @@ def specs(draw: Any, steps: tuple[str, ...] = ()) -> Spec:
         tuple(sizes.items()),
         draw(st.one_of(usual, usual, one)),
         tuple(draw(st.lists(st.sampled_from(steps or tuple(STEPS)), min_size=1, max_size=4))),
-        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
         draw(st.booleans()),
         draw(st.booleans()),
+        draw(st.sampled_from(["listed", "listed", "stacked", "shared"])),
+        draw(st.sampled_from(["unembed", "unembed", "matmul", "linear", "einsum"])),
     )
 
 
 def model_of(spec: Spec) -> fm.Model:
     """The program of a spec."""
-    P = fm.axes(**dict(spec.sizes))
+    P = fm.axes(**dict(spec.sizes), layers=spec.layers)
     table = dict.fromkeys(spec.table, "tp")
 
-    def params_of(step: str) -> dict[str, Any]:
+    def params_of(step: str, i: int, lead: str = "") -> dict[str, Any]:
         # A table may put two dims of one tensor on "tp": the second is then left whole.
-        return {name: _cut_once(P, axes, table) for name, axes in STEPS[step][0].items()}
+        found = {
+            name: _cut_once(P, f"{lead} {axes}", table) for name, axes in STEPS[step][0].items()
+        }
+        if step == "some_layers" and i % 2 and not lead:
+            del found["w"]
+        return found
 
+    def layer(i: int, lead: str = "") -> dict[str, Any]:
+        return {f"{j}_{step}": params_of(step, i, lead) for j, step in enumerate(spec.steps)}
+
+    layers: Any = [layer(i) for i in range(spec.layers)]
+    if spec.arranged != "listed":
+        layers = layer(0, "layers" if spec.arranged == "stacked" else "")
     params: dict[str, Any] = {
         "embed": _cut_once(P, "vocab hidden", table),
         "norm": P("hidden"),
-        "layers": [
-            {f"{i}_{step}": params_of(step) for i, step in enumerate(spec.steps)}
-            for _ in range(spec.layers)
-        ],
+        "layers": layers,
     }
     if not spec.tied:
         params["head"] = _cut_once(P, "vocab hidden", table)
 
+    def own(layers: Any, i: int) -> Any:
+        if spec.arranged == "stacked":
+            return fm.tree.map(lambda w: w[i], layers)
+        return layers if spec.arranged == "shared" else layers[i]
+
     def forward(params, tokens, positions, segment_ids=None):
         x = ops.embed(tokens, params["embed"])
-        for layer in params["layers"]:
-            for i, step in enumerate(spec.steps):
-                x = STEPS[step][1](layer[f"{i}_{step}"], x, positions)
+        for i in range(spec.layers):
+            p = own(params["layers"], i)
+            for j, step in enumerate(spec.steps):
+                x = STEPS[step][1](p[f"{j}_{step}"], x, positions)
         if spec.final_norm:
             x = ops.rms_norm(x, params["norm"], eps=1e-5)
-        return ops.unembed(x, params["embed"] if spec.tied else params["head"])
+        return HEADS[spec.head](x, params["embed"] if spec.tied else params["head"])
 
     return fm.Model("Random", None, params, forward)
+
+
+HEADS = {
+    "unembed": ops.unembed,
+    "matmul": lambda x, w: x @ w.T,
+    "linear": F.linear,
+    "einsum": lambda x, w: torch.einsum("ve,...e->...v", w, x),
+}
 
 
 def _cut_once(P: fm.Axes, axes: str, table: dict[str, str]) -> fm.Param:
@@ -105,7 +134,8 @@ def _cut_once(P: fm.Axes, axes: str, table: dict[str, str]) -> fm.Param:
 
 
 def _qkv(p: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(einsum(x, p[name], "... e, h d e -> ... h d") for name in "qkv")
+    q, k, v = (einsum(x, p[name], "... e, h d e -> ... h d") for name in "qkv")
+    return q, k, v
 
 
 @fm.block
@@ -181,12 +211,111 @@ def nested(p, x, positions):
     return gated(p, x * 0.5, positions)
 
 
+@fm.block
+def mapped_heads(p, x, positions):
+    """A vmap over heads, with a split and a concatenation in it."""
+
+    def head(w, scale):
+        a, b = (x @ w.T).chunk(2, -1)
+        return torch.cat((torch.tanh(b) * scale, a), -1)
+
+    h = vmap(head, out_dims=-2)(p["q"], p["scale"])
+    return x + einsum(h, p["o"], "... h d, e h d -> ... e")
+
+
+def mapped_products(p, x, positions):
+    """Both projections of each head by a vmap, summed."""
+    one = vmap(lambda w, o: torch.tanh(x @ w.T) @ o.T, in_dims=(0, 1))
+    return x + one(p["q"], p["o"]).sum(0)
+
+
+@fm.block
+def checkpointed(p, x, positions):
+    return checkpoint(gated, p, x, positions, use_reentrant=False)
+
+
+@fm.block
+def factors(p, x, positions):
+    """Low-rank factors multiplied before use, beside the matrix that they change."""
+    return x + x @ (p["b"] @ p["a"] + p["w"]).T
+
+
+@fm.block
+def tied_matrix(p, x, positions):
+    """One matrix, and the same one transposed, and a reduction of it."""
+    return x + torch.tanh(x @ p["up"].T) @ p["up"] + p["up"].square().mean(0)
+
+
+@fm.block
+def sliced(p, x, positions):
+    n = x.shape[-1]
+    h = torch.cat((x, x * p["scale"]), -1)[..., 1 : n + 1]
+    return x + h * p["bias"].flip(0) + p["scale"][: n // 2].sum() * p["gain"]
+
+
+def some_layers(p, x, positions):
+    """A parameter that only every other layer has."""
+    return x + x @ p["w"].T * p["gain"] if "w" in p else x * p["gain"]
+
+
+@fm.block
+def convolved(p, x, positions):
+    """A causal convolution over time, channel by channel: it mixes tokens."""
+    h = einsum(x, p["gate"], "... e, f e -> f ...")
+    if h.dim() == 3:
+        h = h.movedim(0, 1)
+    width = p["taps"].shape[-1]
+    h = torch.conv1d(h, p["taps"][:, None], padding=width - 1, groups=h.shape[-2])
+    h = F.silu(h[..., : x.shape[-2]]).transpose(-1, -2)
+    return x + h @ p["down"].T
+
+
+@fm.block
+def picked(p, x, positions):
+    """Sorting, gathering, indices by numbers, and what goes along a dim."""
+    h = einsum(x, p["q"], "... e, h d e -> ... h d")
+    best = h.topk(2, -1).values.sum(-1, keepdim=True) + h.sort(-1).values
+    turned = h.gather(-1, h.argsort(-1)) + h[..., [1, 0] * (h.shape[-1] // 2)]
+    y = best * 0.5 + turned.masked_fill(h > 1, 0.5) + h.cumsum(-1) / 4
+    return x + einsum(y.logsumexp(-1, keepdim=True) + y, p["o"], "... h d, e h d -> ... e")
+
+
+@fm.block
+def rearranged(p, x, positions):
+    """Flat projections, whatever way einops sees them."""
+    q = x @ rearrange(p["q"], "h d e -> e (h d)")
+    q = rearrange(q, "... (h d) -> ... h d", h=p["q"].shape[0])
+    q = F.rms_norm(q, q.shape[-1:], eps=1e-5)
+    q = torch.where(q > 0, q, 0.5 * q)
+    return x + rearrange(q, "... h d -> ... (h d)") @ rearrange(p["o"], "e h d -> (h d) e")
+
+
+@fm.block
+def normed_wide(p, x, positions):
+    """Norms over dims that may be cut, and statistics of them."""
+    h = einsum(x, p["gate"], "... e, f e -> ... f")
+    h = ops.rms_norm(h, p["mlp_norm"], eps=1e-5)
+    h = (h - h.mean(-1, keepdim=True)) / (1 + h.var(-1, keepdim=True)).sqrt()
+    h = h.softmax(-1) + F.normalize(h, dim=-1) + h.amax(-1, keepdim=True)
+    return x + torch.einsum("...f,ef->...e", h, p["down"])
+
+
+def shared_keys(p, x, positions):
+    """Two attentions with the same keys and values, the second of which carries the first's on."""
+    q, k, v = _qkv(p, x)
+    q, k = ops.rope(q, k, positions, theta=100.0)
+    first = ops.attention(q, k, v)
+    second = ops.attention(q * p["scale"][:, None], k, v + 0.1 * k, window=2)
+    return x + einsum(first + second, p["o"], "... h d, e h d -> ... e")
+
+
 QKVO = {
     "q": "heads head_dim hidden",
     "k": "kv_heads head_dim hidden",
     "v": "kv_heads head_dim hidden",
     "o": "hidden heads head_dim",
 }
+QO = {"q": QKVO["q"], "o": QKVO["o"]}
 GATED = {"norm": "hidden", "gate": "mlp hidden", "up": "mlp hidden", "down": "hidden mlp"}
 BIASES = {"q_bias": "heads head_dim", "k_bias": "kv_heads head_dim", "v_bias": "kv_heads head_dim"}
 
@@ -206,4 +335,16 @@ STEPS: dict[str, tuple[dict[str, str], Any]] = {
     "scaled": ({"scale": "hidden"}, scaled),
     "post_norm": ({"norm": "hidden", "bias": "hidden"}, post_norm),
     "nested": (GATED, nested),
+    "mapped_heads": (QO | {"scale": "heads"}, mapped_heads),
+    "mapped_products": (QO, mapped_products),
+    "checkpointed": (GATED, checkpointed),
+    "factors": ({"a": "rank hidden", "b": "hidden_out rank", "w": "hidden_out hidden"}, factors),
+    "tied_matrix": ({"up": "mlp hidden"}, tied_matrix),
+    "sliced": ({"scale": "hidden", "bias": "hidden", "gain": ""}, sliced),
+    "some_layers": ({"w": "hidden_out hidden", "gain": ""}, some_layers),
+    "convolved": ({"gate": "mlp hidden", "taps": "mlp rank", "down": "hidden mlp"}, convolved),
+    "picked": (QO, picked),
+    "rearranged": (QO, rearranged),
+    "normed_wide": (GATED | {"mlp_norm": "mlp"}, normed_wide),
+    "shared_keys": (QKVO | {"scale": "heads"}, shared_keys),
 }

@@ -38,7 +38,7 @@ PARAMS = {
     "norm": P("hidden"),
     "turned": P("hidden head_dim heads"),
 }
-TABLE = {"vocab": "tp", "heads": "tp", "mlp": "tp", "q": "tp"}
+TABLE: dict[str, str | None] = {"vocab": "tp", "heads": "tp", "mlp": "tp", "q": "tp"}
 
 
 def heads(x: Any, p: Any) -> Any:

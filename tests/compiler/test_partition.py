@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ from tests.compiler.random_programs import Spec, model_of, specs
 from tests.tiny_llama import tiny
 
 RANKS = (1, 2, 3, 4)
+# More, and other ones each time: FUNCMODELS_EXAMPLES=3000 pytest -k random_programs
+EXAMPLES = int(os.environ.get("FUNCMODELS_EXAMPLES", "60"))
 P = axes()
 
 
@@ -42,9 +45,10 @@ def counts() -> dict[str, int]:
 
 @given(specs())
 @settings(
-    max_examples=60,
+    max_examples=EXAMPLES,
     deadline=None,
-    derandomize=True,
+    derandomize=EXAMPLES == 60,
+    database=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,6 +322,71 @@ def test_not_a_function_of_the_arguments(body, match, fix):
     refused(body, match, fix, "return")
 
 
+def draws_in_python(p, x, s):
+    return x * random.random()
+
+
+def draws_in_numpy(p, x, s):
+    return x * float(np.random.rand())
+
+
+@fm.block
+def draws_in_a_block(p, x):
+    return x * p["w"] * random.choice([1.0, 2.0])
+
+
+def calls_what_draws(p, x, s):
+    return draws_in_a_block(p["layers"][0], x)
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (draws_in_python, "forward draws random numbers from random"),
+        (draws_in_numpy, r"forward draws random numbers from numpy\.random"),
+        (calls_what_draws, "draws_in_a_block draws random numbers from random"),
+    ],
+)
+def test_numbers_drawn_in_python(body, match):
+    refused(body, match, "config field")
+
+
+def reads_numpy(p, x, s):
+    return x * p["w"].detach().numpy()
+
+
+def reads_by_array(p, x, s):
+    return x * np.asarray(p["w"])
+
+
+def masked_select(p, x, s):
+    return x + torch.masked_select(x, x > 0).sum()
+
+
+def reads_shape_of_values(p, x, s):
+    return x + torch.nonzero(x).shape[0]
+
+
+def asserts_on_value(p, x, s):
+    assert (x > 0).all()
+    return x
+
+
+def loops_on_value(p, x, s):
+    while x.norm() > 1:
+        x = x / 2
+    return x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [reads_numpy, reads_by_array, masked_select, reads_shape_of_values, asserts_on_value,
+     loops_on_value],
+)  # fmt: skip
+def test_reads_values_in_other_ways(body):
+    refused(body, "needs the value of a tensor|from outside the function", "torch.where|P")
+
+
 # Python that needs what is not known
 
 
@@ -612,7 +679,7 @@ MIXES = {
     "longest position": (lambda p, x, s: x * s.max(), "torch.max makes tokens"),
     "rows": (lambda p, x, s: x[s], "ops.embed makes tokens"),
     "matmul": (attends_by_hand, "torch.matmul makes tokens"),
-    "conv": (conv_over_time, "torch.conv1d is not known to leave tokens apart"),
+    "conv": (conv_over_time, "torch.conv1d makes tokens depend on each other"),
     "sdpa": (attends, "scaled_dot_product_attention is not known to leave tokens apart"),
     "number of tokens": (lambda p, x, s: x * x.shape[0], "computes with the number of tokens"),
     "index in the batch": (index_of_tokens, "torch.arange computes with the number of tokens"),
