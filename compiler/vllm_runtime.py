@@ -19,6 +19,7 @@ from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -108,22 +109,20 @@ class CheckpointNames(WeightsMapper):
     """
 
     def __init__(self, lora_targets: dict, **names) -> None:
-        super().__init__(**names)
-        renamed = {}
-        for pattern, new in self.orig_to_new_regex.items():
+        renamed, quantised = {}, {}
+        tensors = names.get("orig_to_new_regex", {})
+        for pattern, new in tensors.items():
             if new is not None:
                 module = re.sub(r"(\\\.(weight|bias))?\$$", "", pattern.pattern)
+                other = "" if pattern.pattern == f"{module}$" else r"(?!(weight|bias)$)"
                 new = re.sub(r"\.(weight|bias)$", "", new)
                 renamed[re.compile(rf"{module}(?=\.|$)")] = new
+                quantised[re.compile(rf"{module}(?=\.{other})")] = new
+        super().__init__(**{**names, "orig_to_new_regex": {**tensors, **quantised}})
         self.modules = ModuleNames(renamed, lora_targets)
 
     def get_rename_mapper(self) -> ModuleNames:
         return self.modules
-
-    def _map_name_with_shard(self, key: str):
-        if not any(pattern.search(key) for pattern in self.orig_to_new_regex):
-            key = self.modules.map_name(key)
-        return super()._map_name_with_shard(key)
 
 
 def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
@@ -375,6 +374,36 @@ def own_block_loader(dim: int, units: int):
         param.data.copy_(own_block(weight, dim=dim, units=units))
 
     return load
+
+
+def gathered(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
+    """The whole of a value that is cut into blocks, of which several ranks may hold one."""
+    ranks = get_tensor_model_parallel_world_size()
+    whole = tensor_model_parallel_all_gather(x.contiguous(), dim=dim)
+    if ranks <= units:
+        return whole
+    return torch.cat(whole.chunk(ranks, dim)[:: ranks // units], dim)
+
+
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Over this rank's part of the last dim: what a norm over all of it needs of each rank."""
+    return x.float().pow(2).sum(-1, keepdim=True)
+
+
+def scaled_to_unit(
+    x: torch.Tensor,
+    squares: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    count: int,
+    eps: float,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    """The root-mean-square norm of `count` elements, of which this rank has a part."""
+    unit = x.float() * torch.rsqrt(squares / count + eps)
+    if offset:
+        return (unit * (offset + weight.float())).to(x.dtype)
+    return unit.to(x.dtype) * weight
 
 
 def own_values(values: list) -> list:

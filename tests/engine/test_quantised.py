@@ -1,0 +1,193 @@
+"""Quantised checkpoints: bit for bit what vLLM's own class answers, and near the pure function's.
+
+The pure function has the weights as they are after rounding; what is left is the rounding of
+activations, and of sums in bfloat16.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import funcmodels as fm
+from tests.engine.custom import custom
+from tests.engine.harness import serve
+from tests.engine.test_lora import modules_of
+from tests.engine.test_traps import vllms_layers
+from tests.engine.tiny import PROMPTS, saved, serve_model, tiny_llama
+
+GROUP = 32  # inputs that share a scale, of four bits
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def packed(values, order=tuple(range(8))):
+    """Numbers below 16, eight of the last dim in an int32."""
+    eights = values.to(torch.int64).unflatten(-1, (-1, 8))
+    whole = sum(eights[..., at] << (4 * i) for i, at in enumerate(order))
+    return torch.where(whole >= 2**31, whole - 2**32, whole).to(torch.int32)
+
+
+def by_channel(weight, dtype, limit):
+    """[out, in] with one scale a row: tensors, and what they stand for."""
+    scale = weight.abs().amax(1, keepdim=True) / limit
+    stored = weight / scale
+    stored = (stored.round() if dtype is torch.int8 else stored).to(dtype)
+    return {"weight": stored, "weight_scale": scale}, stored.float() * scale
+
+
+def int8(weight):
+    return by_channel(weight, torch.int8, 127)
+
+
+def float8(weight):
+    return by_channel(weight, torch.float8_e4m3fn, 448)
+
+
+def in_groups(weight, dtype, asymmetric=False):
+    """[out, in] as numbers of four bits, with scales and zeros [out, groups], and its value."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = (high - low) / 15 if asymmetric else groups.abs().amax(-1) / 7
+    scale = scale.to(dtype).float()
+    zero = (-low / scale).round().clamp(0, 15) if asymmetric else torch.full_like(scale, 8)
+    number = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
+    value = (number - zero[..., None]) * scale[..., None]
+    return number.flatten(1), scale.to(dtype), zero, value.flatten(1)
+
+
+def w4a16(weight, dtype=torch.bfloat16):
+    number, scale, _, value = in_groups(weight, dtype)
+    shape = torch.tensor(weight.shape)
+    return {"weight_packed": packed(number), "weight_scale": scale, "weight_shape": shape}, value
+
+
+def gptq(weight, dtype=torch.bfloat16):
+    number, scale, zero, value = in_groups(weight, dtype)
+    tensors = {
+        "qweight": packed(number).T,
+        "scales": scale.T,
+        "qzeros": packed(zero.T - 1),  # the format has them one lower
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }
+    return tensors, value
+
+
+def awq(weight, dtype=torch.bfloat16):
+    number, scale, zero, value = in_groups(weight, dtype, asymmetric=True)
+    tensors = {
+        "qweight": packed(number.T, AWQ_ORDER),
+        "scales": scale.T,
+        "qzeros": packed(zero.T, AWQ_ORDER),
+    }
+    return tensors, value
+
+
+def compressed(form, weights, activations=None):
+    """The config of compressed-tensors."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
+    if activations:
+        common = {"symmetric": True, "strategy": "token", "dynamic": True}
+        group["input_activations"] = {**common, **activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+EIGHT = {"num_bits": 8, "strategy": "channel"}
+FOUR = {"bits": 4, "group_size": GROUP}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
+SCHEMES = {
+    "int8": (
+        int8,
+        compressed("int-quantized", {**EIGHT, "type": "int"}, {"num_bits": 8, "type": "int"}),
+    ),
+    "float8": (
+        float8,
+        compressed("float-quantized", {**EIGHT, "type": "float"}, {"num_bits": 8, "type": "float"}),
+    ),
+    "w4a16": (w4a16, compressed("pack-quantized", INT4)),
+    "gptq": (gptq, {"quant_method": "gptq", **FOUR, "desc_act": False, "sym": True}),
+    "awq": (awq, {"quant_method": "awq", **FOUR, "zero_point": True, "version": "gemm"}),
+}
+DTYPES = dict.fromkeys(("w4a16", "gptq", "awq"), "bfloat16")  # there is no kernel for float32
+# The mean difference of log probabilities to the pure function: exact, or by rounding alone.
+NEAR = {"w4a16": 0.05, "gptq": 0.05, "awq": 0.05, "int8": 0.05, "float8": 0.15}
+
+
+def quantised(model, weights, folder, scheme):
+    """Write a folder of linears in a scheme; returns the weights that it stands for."""
+    write, config = SCHEMES[scheme]
+    dtype = getattr(torch, DTYPES.get(scheme, "float32"))
+    weights = fm.tree.map(lambda w: w.to(dtype).float(), weights)
+    fm.save(model, fm.tree.map(lambda w: w.to(dtype), weights), folder)
+    meant = dict(fm.tree.items(weights))
+    tensors = load_file(folder / "model.safetensors")
+    for name, (path, sizes) in modules_of(model).items():
+        if "embed" in name or "head" in name:
+            continue
+        stored, value = write(meant[path].reshape(sizes))
+        meant[path] = value.reshape(meant[path].shape)
+        del tensors[model.tensor_maps[path].names[0]]
+        tensors |= {f"{name}.{kind}": part.contiguous() for kind, part in stored.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = config
+    (folder / "config.json").write_text(json.dumps(settings))
+    return fm.tree.map_with_path(lambda path, _: meant[path], weights)
+
+
+def difference(served, model, weights):
+    """The mean difference to the pure function, on the tokens that were served."""
+    full = [[*p, *s.tokens] for p, s in zip(PROMPTS, served, strict=True)]
+    pure = fm.logprobs(model, weights, full)
+    pairs = zip(served, pure, strict=True)
+    return torch.cat([torch.tensor(s.all_logprobs) - p for s, p in pairs]).abs().mean().item()
+
+
+RUNS = [*((scheme, 1) for scheme in SCHEMES), ("int8", 2), ("w4a16", 2), ("awq", 2)]
+
+
+@pytest.mark.parametrize(("scheme", "tp"), RUNS)
+def test_equals_vllms_own_class(scheme, tp, tmp_path):
+    """In fused layers too: q, k and v have scales of their own."""
+    model = tiny_llama()
+    weights = saved(model, tmp_path)
+    meant = quantised(model, weights, tmp_path, scheme)
+    dtype = DTYPES.get(scheme, "float32")
+    options = {"tp": tp, "dtype": dtype}
+    ours = serve_model(model, tmp_path, edit=vllms_layers, **options)
+    theirs = serve(tmp_path, PROMPTS, arch="LlamaForCausalLM", prompt_logprobs=True, **options)
+    assert ours == theirs
+    rounded, not_rounded = (difference(ours, model, w) for w in (meant, weights))
+    assert rounded < min(NEAR[scheme], not_rounded)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4a16", "gptq"])
+def test_names_of_no_published_model(scheme, tmp_path):
+    """Linears are named by their paths, as the parameters are: `layers.0.attn.q.weight_packed`."""
+    model = custom(activation="geglu")
+    weights = saved(model, tmp_path)
+    meant = quantised(model, weights, tmp_path, scheme)
+    served = serve_model(model, tmp_path, dtype=DTYPES.get(scheme, "float32"))
+    rounded, not_rounded = (difference(served, model, w) for w in (meant, weights))
+    assert rounded < min(NEAR[scheme], not_rounded)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_cache_dtype": "fp8"}, {"quantization": "fp8_per_channel", "dtype": "bfloat16"}],
+    ids=str,
+)
+def test_rounded_by_the_engine(options, tmp_path):
+    """The cache, or the weights while they load."""
+    model = tiny_llama()
+    weights = saved(model, tmp_path)
+    ours = serve_model(model, tmp_path, edit=vllms_layers, **options)
+    theirs = serve(tmp_path, PROMPTS, arch="LlamaForCausalLM", prompt_logprobs=True, **options)
+    assert ours == theirs
+    assert 1e-3 < difference(ours, model, weights) < 0.2
