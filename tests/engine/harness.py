@@ -336,7 +336,7 @@ def engine_model(llm: Any) -> torch.nn.Module:
 
 def generate(
     llm: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | dict[str, Any]],
     *,
     max_tokens: int = 8,
     prompt_logprobs: bool = False,
@@ -347,6 +347,7 @@ def generate(
     """Greedy answers to prompts of token ids, all in one batch.
 
     Args:
+        prompts: token ids, or what else vLLM takes, as {"prompt_embeds": ...}.
         adapters: the folder of each prompt's LoRA adapter, None for a prompt without.
     """
     from vllm import SamplingParams
@@ -361,7 +362,7 @@ def generate(
         prompt_logprobs=1 if prompt_logprobs else None,
         **sampling,
     )
-    inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    inputs = [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts]
     loras = None
     if adapters is not None:
         number = {folder: i + 1 for i, folder in enumerate(dict.fromkeys(filter(None, adapters)))}

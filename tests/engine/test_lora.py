@@ -76,7 +76,7 @@ def adapted(request, tmp_path_factory):
     make = {
         "llama": lambda: tiny_llama(attention_bias=True, vocab_size=251),
         "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),
-        "custom": lambda: custom(activation="geglu", has_qk_norm=True, final_softcap=5.0),
+        "custom": lambda: custom(vocab_size=251, has_qk_norm=True, final_softcap=5.0),
     }
     model = make[request.param]()
     weights = saved(model, folder)

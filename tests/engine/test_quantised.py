@@ -24,7 +24,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def packed(values, order=tuple(range(8))):
     """Numbers below 16, eight of the last dim in an int32."""
     eights = values.to(torch.int64).unflatten(-1, (-1, 8))
-    whole = sum(eights[..., at] << (4 * i) for i, at in enumerate(order))
+    whole = torch.stack([eights[..., at] << (4 * i) for i, at in enumerate(order)]).sum(0)
     return torch.where(whole >= 2**31, whole - 2**32, whole).to(torch.int32)
 
 
