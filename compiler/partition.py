@@ -20,9 +20,20 @@ from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_typ
 from compiler.names import unique
 from compiler.needs import Exact, Need
 from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
-from compiler.rules import RULES, TOKENS, Decision, View, decide, is_cut, vocab_embed
+from compiler.rules import (
+    RULES,
+    TOKENS,
+    Decision,
+    View,
+    decide,
+    is_cut,
+    scaled_to_unit,
+    sum_of_squares,
+    vocab_embed,
+)
 from compiler.strict import Strict, refuses, ways_out
 from compiler.verify import verify
+from funcmodels import ops
 from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
 from funcmodels.source import SourceLine
@@ -179,6 +190,8 @@ class _BlockPartitioner:
         self._put(node, new, results[0] if single else results)
 
     def call_function(self, node: fx.Node) -> None:
+        if node.target is ops.rms_norm and self._norm_over_ranks(node):
+            return
         decision, gathered = decide(View(node, self.at, self.axis))
         if gathered:
             self.whole.note_gather(self.source, node)
@@ -214,6 +227,31 @@ class _BlockPartitioner:
             map_arg(kwargs, operand),
             name=node.name,
         )
+
+    def _norm_over_ranks(self, node: fx.Node) -> bool:
+        """A norm over a dim that is cut, if it is one: the ranks sum their squares, and no more."""
+        x, weight = node.args[:2]
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        kind, at = tensor_type(x), self.at[x]
+        last = len(kind.shape) - 1
+        if not isinstance(at, Shard) or at.dim != last or at.units == 1 or self.axis == TOKENS:
+            return False
+        self.whole.need(at.axis, at.units, True, "a norm is taken over it", node.meta["where"])
+        wide = torch.promote_types(kind.dtype, torch.float32)
+        squares = self.graph.create_node(
+            "call_function", sum_of_squares, (self.env[x],), name="squares"
+        )
+        squares.meta.update(node.meta, type=TensorType(wide, (*kind.shape[:-1], 1)))
+        squares.meta["placement"] = Partial()
+        whole = self._collective(squares, collectives.all_reduce, (), REPLICATE, node)
+        whole = self._collective(whole, collectives.vary, (), REPLICATE, node)
+        own = self._as(weight, Shard(0, at.units, at.axis), node)
+        settings = {"count": kind.shape[-1], **node.kwargs}
+        new = self.graph.create_node(
+            "call_function", scaled_to_unit, (self.env[x], whole, own), settings, name=node.name
+        )
+        self._put(node, new, at)
+        return True
 
     def output(self, node: fx.Node) -> None:
         results = tuple(self._as(r, self._result_placement(r), node) for r in self.source.results)

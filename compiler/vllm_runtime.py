@@ -330,7 +330,7 @@ def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
         )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
+def normed(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
     """Root-mean-square norm with a weight that is computed, not a parameter."""
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
@@ -376,7 +376,7 @@ def own_block_loader(dim: int, units: int):
     return load
 
 
-def gathered(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
+def whole_of_blocks(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     """The whole of a value that is cut into blocks, of which several ranks may hold one."""
     ranks = get_tensor_model_parallel_world_size()
     whole = tensor_model_parallel_all_gather(x.contiguous(), dim=dim)

@@ -12,6 +12,7 @@ from torch import fx
 from compiler import collectives
 from compiler.emit.scope import Scope
 from compiler.ir import MODEL_DTYPE, is_factory, target_name
+from compiler.rules import scaled_to_unit, share_of_mean, sum_of_squares
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 
@@ -145,7 +146,7 @@ def _geglu(scope: Scope, node: fx.Node) -> str:
 @special(ops.rms_norm)
 def _rms_norm(scope: Scope, node: fx.Node) -> str:
     x, weight = (scope.value(a) for a in node.args)
-    name = scope.module.help("rms_norm")
+    name = scope.module.help("normed")
     return (
         f"{name}({x}, {weight}, eps={node.kwargs['eps']}, offset={node.kwargs.get('offset', 0.0)})"
     )
@@ -164,9 +165,27 @@ def _all_reduce(scope: Scope, node: fx.Node) -> str:
     return f"{scope.module.use('tensor_model_parallel_all_reduce')}({scope.value(node.args[0])})"
 
 
+@special(sum_of_squares, scaled_to_unit)
+def _norm_over_ranks(scope: Scope, node: fx.Node) -> str:
+    args = [scope.value(a) for a in node.args]
+    args += [f"{name}={scope.value(v)}" for name, v in node.kwargs.items()]
+    return f"{scope.module.help(node.target.__name__)}({', '.join(args)})"  # type: ignore[union-attr]
+
+
+@special(share_of_mean)
+def _share_of_mean(scope: Scope, node: fx.Node) -> str:
+    x, dim, keepdim, part, count = (scope.value(a) for a in node.args)
+    return f"{x}.mean({dim}, {keepdim}) * ({part} / {count})"
+
+
 @special(collectives.all_gather)
 def _all_gather(scope: Scope, node: fx.Node) -> str:
-    x, dim = node.args[:2]
+    x, dim, units = node.args[:3]
+    assert isinstance(units, int)
+    at = x.meta["placement"]  # type: ignore[union-attr]
+    if not scope.module.exact.divides(at.axis, units):  # a block may lie on several ranks
+        name = scope.module.help("whole_of_blocks")
+        return f"{name}({scope.value(x)}, dim={dim}, units={units})"
     name = scope.module.use("tensor_model_parallel_all_gather")
     return f"{name}({scope.value(x)}.contiguous(), dim={dim})"
 

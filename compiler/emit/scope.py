@@ -82,6 +82,11 @@ HELPERS_USE = {
         "torch",
     ),
     "note_tensors": ("Iterable", "torch"),
+    "whole_of_blocks": (
+        "get_tensor_model_parallel_world_size",
+        "tensor_model_parallel_all_gather",
+        "torch",
+    ),
     "own_block_loader": ("torch",),
     "own_block": (
         "get_tensor_model_parallel_rank",
@@ -90,8 +95,10 @@ HELPERS_USE = {
     ),
     "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
     "read_tensors": ("Iterable", "safe_open", "torch"),
-    "rms_norm": ("torch",),
+    "normed": ("torch",),
     "spelled_out": ("product",),
+    "scaled_to_unit": ("torch",),
+    "sum_of_squares": ("torch",),
     "take_apart": ("Iterable", "torch"),
     "warn_length": ("init_logger",),
 }
@@ -182,7 +189,7 @@ class Scope:
         """A variable for a node: its own plain name, unless that still holds a value to come."""
         base = name or self.preferred.get(node) or re.sub(r"_\d+$", "", node.name)
         chosen, count = base, 1
-        while self._busy(chosen, node):
+        while chosen in HELPERS_USE or self._busy(chosen, node):
             count += 1
             chosen = f"{base}_{count}"
         self._bound[chosen] = node

@@ -20,7 +20,13 @@ from compiler.rules import (
     shapes,
 )
 from compiler.rules.decide import decide, is_cut
-from compiler.rules.local import LocalValues, vocab_embed
+from compiler.rules.local import (
+    LocalValues,
+    scaled_to_unit,
+    share_of_mean,
+    sum_of_squares,
+    vocab_embed,
+)
 from compiler.rules.products import letters_of
 from compiler.rules.rule import RULES, TOKENS, Decision, Exactly, View
 
@@ -41,6 +47,9 @@ __all__ = [
     "model_ops",
     "parts",
     "products",
+    "scaled_to_unit",
     "shapes",
+    "share_of_mean",
+    "sum_of_squares",
     "vocab_embed",
 ]

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from compiler.ir import LocalSize
 from compiler.placement import PARTIAL, REPLICATE, Shard
 from compiler.rules.elementwise import elementwise
-from compiler.rules.rule import Decision, Exactly, View, dim_of, rule
+from compiler.rules.local import share_of_mean
+from compiler.rules.rule import TOKENS, Decision, Exactly, View, dim_of, rule
 
 
 @rule(torch.sum)
@@ -38,7 +40,27 @@ _DIM_IS = {
 }  # fmt: skip
 
 
-@rule(torch.mean, torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod,
+@rule(torch.mean)
+def mean(view: View) -> Decision | None:
+    """Over the cut dim alone, each rank's share is a term of a pending sum."""
+    x = view.tensors[0]
+    found = _reduced(view, x)
+    at, rank = view.whole(x), len(view.type(x).shape)
+    if found is not None or view.axis == TOKENS or not isinstance(at, Shard) or at.units == 1:
+        return found
+    dims = view.arg(1, "dim")
+    (dim, *more) = [dims] if isinstance(dims, int) else dims or (0, 0)
+    if more or set(view.node.kwargs) - {"dim", "keepdim"} or dim_of(dim, rank) != at.dim:
+        return None
+    count = view.type(x).shape[at.dim]
+    assert isinstance(count, int)
+    part = LocalSize(at.units, count // at.units, at.axis, view.axis)
+    args = (x, at.dim, bool(view.arg(2, "keepdim", False)), part, count)
+    needs = [Exactly(at.units, at.axis, "it is averaged over")]
+    return Decision({x: at}, PARTIAL, args, {}, share_of_mean, needs)
+
+
+@rule(torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod,
       torch.max, torch.min, torch.argmax, torch.argmin, torch.any, torch.all, torch.norm,
       torch.linalg.vector_norm, torch.median, torch.aminmax, torch.count_nonzero,
       torch.var_mean, torch.std_mean, torch.nansum, torch.nanmean)  # fmt: skip

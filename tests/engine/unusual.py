@@ -111,10 +111,11 @@ stacked = fm.Model(
 
 @fm.block
 def shared_layer(p: Any, own: Any, x: Tensor, positions: Tensor, segment_ids) -> Tensor:
-    """The layer that all share, with a norm and a low-rank change of its own."""
+    """The layer that all share, with norms and a low-rank change of its own."""
     h = norm(x, own["norm"])
     change = einsum(own["b"], own["a"], "h d r, r e -> h d e")
     q = project(h, p["q"] + change)
+    q = norm(q.flatten(-2), own["q_norm"].flatten()).unflatten(-1, q.shape[-2:])
     k, v = project(h, p["k"]), project(h, p["v"])
     q, k = ops.rope(q, k, positions, theta=1e4)
     o = ops.attention(q, k, v, segment_ids=segment_ids)
@@ -142,6 +143,7 @@ def shared_forward(params, tokens, positions, segment_ids=None):
 def shared_own(i: int) -> dict[str, Any]:
     own: dict[str, Any] = {
         "norm": P("hidden", init="ones"),
+        "q_norm": P("heads head_dim", init="ones"),  # over all heads, which are cut
         "a": P("rank hidden"),
         "b": P("heads head_dim rank"),
     }
