@@ -12,6 +12,7 @@ from compiler.ir import Block, Program, target_name, tensor_type
 from compiler.rewrite import is_param
 from funcmodels import ops
 from funcmodels.errors import LoweringError
+from funcmodels.spec import POOLING_TASKS
 
 # What can turn hidden states into logits.
 _HEADS = (layers.logits, ops.unembed, layers.linear, torch.matmul, torch.einsum)
@@ -34,11 +35,17 @@ def split_at_unembedding(program: Program) -> Split:
 
     The engine asks for the logits of few tokens only, and asks for them apart.
 
+    A model that pools is not cut: its vectors are made of the whole result, of every token.
+
     Raises:
         LoweringError: the logits need more than one value that depends on the tokens.
     """
     root = program.root
     (result,) = root.results
+    if program.model.task in POOLING_TASKS:
+        nodes = [n for n in root.graph.nodes if n.op != "output"]
+        body = _part(root, "forward", nodes, [], result)
+        return Split(body, _part(root, "compute_logits", [], [result], result))
     unembedding = _last_product(result)
     hidden = next(n for n in unembedding.all_input_nodes if not is_param(n))
     before = _ancestors(hidden) | {hidden, *root.inputs}  # the engine gives positions in any case

@@ -149,6 +149,35 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
         )
 
 
+def check_generates(vllm_config: VllmConfig) -> None:
+    """Refuse to be run for embeddings: vLLM would take hidden states that nobody declared."""
+    if vllm_config.model_config.runner_type == "pooling":
+        raise ValueError(
+            "this model was compiled to generate tokens\n"
+            "  got:  runner='pooling'\n"
+            "  fix:  fm.Model(..., task='embed', pooling=...), whose forward returns hidden states"
+        )
+
+
+def check_pools(vllm_config: VllmConfig, pooling: str, attention: str) -> None:
+    """Refuse an engine that would pool, or cut prompts, otherwise than this model was declared."""
+    config = vllm_config.model_config
+    wrong = []
+    if config.runner_type != "pooling":
+        wrong.append(f"runner={config.runner_type!r}, need 'pooling'")
+    elif (got := config.pooler_config.seq_pooling_type) != pooling:
+        wrong.append(f"seq_pooling_type={got!r}, compiled for {pooling!r}")
+    elif attention == "encoder_only" != config.attn_type:
+        wrong.append(f"attn_type={config.attn_type!r}, compiled for {attention!r}")
+    if wrong:
+        raise ValueError(
+            "this model class was compiled for another way of pooling\n"
+            f"  got:  {wrong[0]}\n"
+            "  fix:  LLM(folder, runner='pooling'), of a model that fm.register was given, "
+            "without a pooler_config of its own"
+        )
+
+
 def spelled_out(table: dict) -> list[str]:
     """The names of a table, with the stars filled in."""
     filled = [(name.replace("*", "{}"), product(*indices)) for name, indices in table.items()]

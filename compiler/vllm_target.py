@@ -19,12 +19,13 @@ from compiler.own_parameters import own_parameters
 from compiler.partition import Partitioned, check_tokens_apart, partition
 from compiler.passes import run_passes
 from compiler.passes.outline_layers import outline_layers
+from compiler.passes.spell_products import spell_products
 from compiler.passes.spell_unembedding import spell_unembedding
 from compiler.strict import Strict, check_strict
 from compiler.trace import trace
 from compiler.verify import verify
 from funcmodels.atomic import write_file
-from funcmodels.spec import Model
+from funcmodels.spec import POOLING_TASKS, Model
 
 # Modules of emitted files: a class must be found again by its module's name to be compiled.
 _PACKAGE = "funcmodels_served"
@@ -38,7 +39,9 @@ def lower_to_vllm(model: Model, *, strict: Strict = False) -> Partitioned:
     Raises:
         TraceError, LoweringError: with the user's line.
     """
-    program = outline_layers(own_parameters(spell_unembedding(trace(model))))
+    traced = trace(model)
+    spell = spell_products if model.task in POOLING_TASKS else spell_unembedding
+    program = outline_layers(own_parameters(spell(traced)))
     verify(program)
     check_tokens_apart(program)
     lowered = run_passes(partition(program, "tp", strict=strict))

@@ -11,6 +11,7 @@ from funcmodels.checkpoint import load, save
 from funcmodels.generate import generate, logprobs
 from funcmodels.init import init, normal
 from funcmodels.models.registry import load_model
+from funcmodels.pooling import classify, embed
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Axes, Model, Param, axes
 
@@ -74,8 +75,10 @@ __all__ = [
     "block",
     "check",
     "check_grid",
+    "classify",
     "compile_to_torch",
     "compile_to_vllm",
+    "embed",
     "emit",
     "errors",
     "explain",

@@ -77,7 +77,8 @@ def _built(model: Model) -> dict[str, Any]:
             need="the fields that vLLM reads of any model, or axes that give their sizes",
             fix=f"add {missing[0]}=... to the config, or pass hf_config= to fm.Model",
         )
-    tied = sum("vocab" in param.axes for param in model.by_path.values()) == 1
+    tables = sum("vocab" in param.axes for param in model.by_path.values())
+    tied = tables == 1 and model.task == "generate"
     return {"model_type": "funcmodels", **known, "tie_word_embeddings": tied, **own}
 
 

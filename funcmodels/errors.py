@@ -49,6 +49,10 @@ class ShardingError(FuncModelsError):
     """A sharding table or a mesh size does not fit the model."""
 
 
+class TaskError(FuncModelsError):
+    """A model is asked for what it was not declared for."""
+
+
 class ConfigError(FuncModelsError):
     """A config.json holds a field or a value that the model file does not support."""
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcmodels import tree
-from funcmodels.errors import ShapeError
 from funcmodels.init import seed_of
+from funcmodels.pooling import check_task
+from funcmodels.prompts import Prompts, prompts
 from funcmodels.spec import Model
-
-# One prompt, or several, which may differ in length.
-Prompts: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 @torch.no_grad()
@@ -44,8 +42,10 @@ def generate(
         The new tokens, without the prompt: a list for one prompt, a list of lists for several.
     Raises:
         ShapeError: an empty prompt.
+        TaskError: the model makes embeddings or classes.
     """
-    rows, is_single = _rows(tokens)
+    check_task(model, "generate")
+    rows, is_single = prompts(tokens)
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     seed = torch.seed() if seed is None else seed
     generators = [torch.Generator().manual_seed(seed_of(seed, str(i))) for i in range(len(rows))]
@@ -73,28 +73,16 @@ def logprobs(model: Model, weights: Any, tokens: Prompts) -> Any:
         (seq - 1,) float32 on the CPU for one prompt, a list of them for several.
     Raises:
         ShapeError: an empty prompt.
+        TaskError: the model makes embeddings or classes.
     """
-    rows, is_single = _rows(tokens)
+    check_task(model, "generate")
+    rows, is_single = prompts(tokens)
     out = []
     for row, logits in zip(rows, _logits(model, weights, rows), strict=True):
         chosen = torch.tensor(row[1:], dtype=torch.long, device=logits.device)[:, None]
         each = logits[: len(row) - 1].float().log_softmax(-1)  # (seq - 1, vocab)
         out.append(each.gather(-1, chosen)[:, 0].cpu())
     return out[0] if is_single else out
-
-
-def _rows(tokens: Prompts) -> tuple[list[list[int]], bool]:
-    """The prompts as lists, and whether there was one only."""
-    nested: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-    is_single = not nested or isinstance(nested[0], int)
-    rows = [[int(t) for t in row] for row in ([nested] if is_single else nested)]
-    if empty := [i for i, row in enumerate(rows) if not row]:
-        raise ShapeError(
-            f"prompt {empty[0]} is empty",
-            need="at least one token a prompt",
-            fix="begin it with the beginning-of-sequence token",
-        )
-    return rows, is_single
 
 
 def _logits(model: Model, weights: Any, rows: list[list[int]]) -> Tensor:

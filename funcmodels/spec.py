@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,9 @@ from funcmodels.init import Initializer, check_init
 from funcmodels.sharding import AxisTable, PartitionSpec
 from funcmodels.source import SourceLine, users_line
 from funcmodels.weightmap import TensorMap, tensor_map
+
+# The tasks in which each sequence has one result, not each token.
+POOLING_TASKS = ("embed", "classify")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,12 @@ class Model:
         hf_ignored: names of checkpoint tensors to pass over, with `*` for anything.
         hf_tied: names under which a checkpoint may store a parameter again -> its path. Where one
             is stored, it must be equal: a checkpoint whose weights are not tied is refused.
+        task: what forward's result is for. "generate": logits of the next token. "embed" and
+            "classify": hidden states, or logits over labels, of every token, of which `pooling`
+            makes one vector a sequence, see `fm.embed` and `fm.classify`. Only these two may have
+            attention that is not causal.
+        pooling: of a sequence's vectors: the "last" or the first ("cls"), or their "mean".
+        normalize: bring an embedding to length 1; turn a classification into probabilities.
 
     Raises:
         DeclarationError, ShardingError: at once, when a declaration cannot work.
@@ -141,6 +150,9 @@ class Model:
     hf_architectures: tuple[str, ...] = ()
     hf_ignored: tuple[str, ...] = ()
     hf_tied: Mapping[str, str] = field(default_factory=dict)
+    task: Literal["generate", "embed", "classify"] = "generate"
+    pooling: Literal["last", "mean", "cls"] | None = None
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -150,6 +162,7 @@ class Model:
                 fix=f"{''.join(c for c in self.name if c.isidentifier()) or 'MyModel'!r}",
             )
         _check_forward(self.forward)
+        _check_task(self.name, self.task, self.pooling)
         for path, leaf in tree.items(self.params):
             if not isinstance(leaf, Param):
                 raise DeclarationError(
@@ -202,6 +215,32 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.name}, {self.num_parameters:,} parameters)"
+
+
+def _check_task(name: str, task: str, pooling: str | None) -> None:
+    """A known task; a pooling where the task has one, and only there."""
+    tasks, poolings = (*POOLING_TASKS, "generate"), ("last", "mean", "cls")
+    if task not in tasks:
+        raise DeclarationError(
+            f"{name} has an unknown task",
+            got=f"task={task!r}",
+            need=f"one of {', '.join(tasks)}",
+            fix='fm.Model(..., task="embed", pooling="last")',
+        )
+    if task in POOLING_TASKS and pooling not in poolings:
+        raise DeclarationError(
+            f"{name} does not say how a sequence becomes one vector",
+            got=f"task={task!r}, pooling={pooling!r}",
+            need=f"one of {', '.join(poolings)}",
+            fix=f'fm.Model(..., task={task!r}, pooling="last")',
+        )
+    if task not in POOLING_TASKS and pooling is not None:
+        raise DeclarationError(
+            f"{name} generates tokens, and has nothing to pool",
+            got=f"task={task!r}, pooling={pooling!r}",
+            need="no pooling, or another task",
+            fix=f'fm.Model(..., task="embed", pooling={pooling!r}), or leave pooling out',
+        )
 
 
 def _check_forward(forward: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from compiler import layers
+from compiler.emit.pooling import check_encoder
 from compiler.emit.scope import Scope
 from compiler.emit.text import kwargs, literal
 from compiler.ir import LocalSize
@@ -180,13 +181,9 @@ def _vocab_arguments(scope: Scope, table: Any, attr: str) -> list[str]:
 @builds(layers.attention)
 def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
     s = dict(node.kwargs)
-    if not s.get("causal", True):
-        raise LoweringError(
-            "attention that is not causal cannot be served with a KV cache",
-            need="causal=True in a model that generates text",
-            from_=node.meta["where"],
-            fix="ops.attention(..., causal=True)",
-        )
+    is_causal = s.get("causal", True)
+    if not is_causal:
+        check_encoder(scope, node)
     if s.get("segment_ids") is not None:
         raise LoweringError(
             "segment ids are computed inside forward",
@@ -219,7 +216,8 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "prefix": _attention_prefix(scope, attr),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (q, k, v))})"
-    return Layer(scope.module.use("Attention"), kwargs(settings), call, checks=checks)
+    kind = scope.module.use("Attention" if is_causal else "EncoderOnlyAttention")
+    return Layer(kind, kwargs(settings), call, checks=checks)
 
 
 def _attention_prefix(scope: Scope, attr: str) -> str:

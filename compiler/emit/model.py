@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import fx
 
 from compiler import layers
+from compiler.emit import pooling
 from compiler.emit.block import constructor, emit_block, statements, symbol_lines
 from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
@@ -25,7 +26,7 @@ from compiler.stages import root_of, why_one_stage
 from funcmodels import __version__
 from funcmodels.config_json import config_of_fields
 from funcmodels.errors import LoweringError
-from funcmodels.spec import Model
+from funcmodels.spec import POOLING_TASKS, Model
 
 # Fields of config.json that decide what a model computes, where a model has them.
 _STRUCTURE = (
@@ -46,7 +47,7 @@ def module_of(program: Partitioned) -> Module:
     """An empty file for a program: what its classes' names begin with, and its axes' constants."""
     name = program.model.name
     base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name) or name
-    return Module(base, _axes(program.model), Exact(served_needs(program)))
+    return Module(base, _axes(program.model), Exact(served_needs(program)), program.model.task)
 
 
 class _Writer:
@@ -403,7 +404,8 @@ class _Writer:
             m.use(name)
         for name in ("check_config", "check_ranks", "check_registered", "tensors_to_await"):
             m.help(name)
-        logits = self.logits_lines()
+        pools = self.model.task in POOLING_TASKS
+        logits = [] if pools else self.compute_logits()  # which names what the constructor reads
         bases = ["nn.Module", m.help("AdaptersApart"), "SupportsLoRA", m.use("SupportsPP")]
         return [
             f"class {self.model.name}({', '.join(bases)}):",
@@ -411,10 +413,12 @@ class _Writer:
             *self.loading.mapper_lines(m),
             *table("packed_modules_mapping", self.packed(), 4),
             *self.embedding_modules(),
+            *(pooling.class_lines(self.program) if pools else []),
             "",
             '    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:',
             "        super().__init__()",
             "        check_config(vllm_config, COMPILED_FOR)",
+            f"        {pooling.task_check(m, self.program)}",
             *self.check_ranks(),
             *self.check_stages(),
             f"        check_registered({self.model.name}, vllm_config)",
@@ -425,7 +429,7 @@ class _Writer:
                 ["vllm_config=vllm_config", f'prefix=maybe_prefix(prefix, "{inner}")'],
                 8,
             ),
-            *self.head_constructor(),
+            *(pooling.constructor_lines(m, self.model) if pools else self.head_constructor()),
             *self.make_empty(),
             "",
             "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
@@ -440,10 +444,16 @@ class _Writer:
             "    ) -> torch.Tensor | IntermediateTensors:",
             *call(f"return self.{inner}", ["input_ids", "positions", *_DYNAMIC[2:]], 8),
             "",
-            "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:",
             *logits,
-            "",
             *self.loading.load_lines(m),
+        ]
+
+    def compute_logits(self) -> list[str]:
+        """The method of that name."""
+        return [
+            "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:",
+            *self.logits_lines(),
+            "",
         ]
 
     def check_ranks(self) -> list[str]:

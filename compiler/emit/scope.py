@@ -40,6 +40,7 @@ IMPORTS = {
     "GeluAndMul": f"{_ROOT}.layers.activation",
     "SiluAndMul": f"{_ROOT}.layers.activation",
     "Attention": f"{_ROOT}.layers.attention",
+    "EncoderOnlyAttention": f"{_ROOT}.layers.attention",
     "GemmaRMSNorm": f"{_ROOT}.layers.layernorm",
     "RMSNorm": f"{_ROOT}.layers.layernorm",
     "ColumnParallelLinear": f"{_ROOT}.layers.linear",
@@ -48,6 +49,13 @@ IMPORTS = {
     "ReplicatedLinear": f"{_ROOT}.layers.linear",
     "RowParallelLinear": f"{_ROOT}.layers.linear",
     "LogitsProcessor": f"{_ROOT}.layers.logits_processor",
+    "DispatchPooler": f"{_ROOT}.layers.pooler",
+    "PoolerClassify": f"{_ROOT}.layers.pooler.activations",
+    "PoolerNormalize": f"{_ROOT}.layers.pooler.activations",
+    "ClassifierPoolerHead": f"{_ROOT}.layers.pooler.seqwise",
+    "EmbeddingPoolerHead": f"{_ROOT}.layers.pooler.seqwise",
+    "SequencePooler": f"{_ROOT}.layers.pooler.seqwise",
+    "get_seq_pooling_method": f"{_ROOT}.layers.pooler.seqwise",
     "get_rope": f"{_ROOT}.layers.rotary_embedding",
     "ParallelLMHead": f"{_ROOT}.layers.vocab_parallel_embedding",
     "VocabParallelEmbedding": f"{_ROOT}.layers.vocab_parallel_embedding",
@@ -114,6 +122,7 @@ class Module:
         prefix: what class names begin with.
         axes: axis name -> size, for those that have one size throughout the model.
         exact: what of the axes the ranks always divide.
+        task: the model's.
         used: names to import.
         constants: axes whose constant is used.
         helpers: functions of `compiler.vllm_runtime` to carry along.
@@ -122,6 +131,7 @@ class Module:
     prefix: str
     axes: dict[str, int]
     exact: Exact
+    task: str = "generate"
     used: set[str] = field(default_factory=set)
     constants: dict[str, int] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
