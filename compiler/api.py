@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compiler.check import Grid, check, check_grid
+from compiler.compare import Verified, verify
 from compiler.explain import DEVICES, Device, Explanation, explain
 from compiler.pad import Padded, pad_heads
 from compiler.parallel import ParallelContext
@@ -20,6 +21,7 @@ __all__ = [
     "Grid",
     "Padded",
     "ParallelContext",
+    "Verified",
     "allow",
     "check",
     "check_grid",
@@ -30,4 +32,5 @@ __all__ = [
     "pad_heads",
     "register",
     "trace",
+    "verify",
 ]

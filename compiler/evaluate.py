@@ -25,6 +25,7 @@ RankFunction = Callable[..., Any]
 RANK_FUNCTIONS: dict[Any, RankFunction] = {}
 # And one that needs all ranks at once: (comm, [(args, kwargs) of each rank]) -> [value of each].
 GROUP_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+Seen = Callable[[fx.Node, list[Any]], None]
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     comm: Comm | None = None,
     *,
     segment_ids: Tensor | None = None,
+    seen: Seen | None = None,
 ) -> list[Tensor]:
     """Run a program.
 
@@ -44,6 +46,7 @@ def run(
         tokens, positions: int64, of the rank the program was traced with.
         comm: how ranks reach each other; None for a program of one rank.
         segment_ids: as tokens, for a program that was traced with them.
+        seen: told of each operation as it is done, with its value on each rank.
     Returns:
         The logits, one tensor a rank of `comm`.
     """
@@ -52,9 +55,8 @@ def run(
     sizes = symbol_sizes(tokens)
     given = [tokens, positions, *([] if segment_ids is None else [segment_ids])]
     inputs = [[value for _ in comm.ranks] for value in given]
-    (logits,) = _Run(program, comm, sizes, dtype, tokens.device).block(
-        program.root, weights, inputs
-    )
+    ran = _Run(program, comm, sizes, dtype, tokens.device, seen)
+    (logits,) = ran.block(program.root, weights, inputs)
     return logits
 
 
@@ -111,12 +113,14 @@ class _Run:
         sizes: dict[str, int],
         dtype: torch.dtype,
         device: torch.device,
+        seen: Seen | None = None,
     ) -> None:
         self.program = program
         self.comm = comm
         self.sizes = sizes
         self.dtype = dtype
         self.device = device
+        self.seen = seen
 
     def block(
         self, block: Block, weights: dict[str, list[Tensor]], inputs: list[list[Any]]
@@ -133,6 +137,8 @@ class _Run:
                 env[node] = self._call(node, weights, env)
             elif node.op == "call_function":
                 env[node] = self._function(node, env)
+                if self.seen is not None:
+                    self.seen(node, env[node])
         return [env[node] for node in block.results]
 
     def _call(self, node: fx.Node, weights: Any, env: Any) -> list[Any]:

@@ -15,9 +15,10 @@ from types import ModuleType
 from typing import Any
 
 from compiler.emit import emit_model
+from compiler.ir import Program
 from compiler.own_parameters import own_parameters
 from compiler.partition import Partitioned, check_tokens_apart, partition
-from compiler.passes import run_passes
+from compiler.passes import passes
 from compiler.passes.outline_layers import outline_layers
 from compiler.passes.spell_products import spell_products
 from compiler.passes.spell_unembedding import spell_unembedding
@@ -39,15 +40,24 @@ def lower_to_vllm(model: Model, *, strict: Strict = False) -> Partitioned:
     Raises:
         TraceError, LoweringError: with the user's line.
     """
-    traced = trace(model)
-    spell = spell_products if model.task in POOLING_TASKS else spell_unembedding
-    program = outline_layers(own_parameters(spell(traced)))
-    verify(program)
-    check_tokens_apart(program)
-    lowered = run_passes(partition(program, "tp", strict=strict))
+    _, lowered = list(lowering(model, strict=strict))[-1]
     assert isinstance(lowered, Partitioned)
     check_strict(lowered, strict)
     return lowered
+
+
+def lowering(model: Model, *, strict: Strict = False) -> Iterator[tuple[str, Program]]:
+    """The program at each step from tracing to vLLM's layers, with the step's name."""
+    program = trace(model)
+    yield "trace", program
+    spell = spell_products if model.task in POOLING_TASKS else spell_unembedding
+    program = outline_layers(own_parameters(spell(program)))
+    verify(program)
+    check_tokens_apart(program)
+    yield "outline_layers", program
+    program = partition(program, "tp", strict=strict)
+    yield "partition", program
+    yield from passes(program)
 
 
 def source_for_vllm(model: Model, *, strict: Strict = False) -> str:

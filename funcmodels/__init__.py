@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Explanation,
         Grid,
         ParallelContext,
+        Verified,
         allow,
         check,
         check_grid,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         pad_heads,
         register,
         trace,
+        verify,
     )
     from compiler.vllm_push import push_weights
 
@@ -55,6 +57,8 @@ _COMPILER = {
     "pad_heads": "compiler.api",
     "register": "compiler.api",
     "trace": "compiler.api",
+    "Verified": "compiler.api",
+    "verify": "compiler.api",
 }
 
 __version__ = "0.1.0"
@@ -70,6 +74,7 @@ __all__ = [
     "ParallelContext",
     "Param",
     "PartitionSpec",
+    "Verified",
     "allow",
     "axes",
     "block",
@@ -95,6 +100,7 @@ __all__ = [
     "save",
     "trace",
     "tree",
+    "verify",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +42,14 @@ PIPELINE: tuple[ProgramPass, ...] = (
 
 def run_passes(program: Program) -> Program:
     """The program after every pass, verified between them."""
+    for _, after in passes(program):
+        program = after
+    return program
+
+
+def passes(program: Program) -> Iterator[tuple[str, Program]]:
+    """The program after each pass, verified, with the pass's name."""
     for run in PIPELINE:
         before, program = program, run(program)
         verify(program, since=before)
-    return program
+        yield getattr(run, "__name__", repr(run)), program
