@@ -58,15 +58,15 @@ def write_adapter(folder, model, weights, chosen, *, seed=0, rank=RANK, rename=N
     return fm.tree.map_with_path(lambda path, _: merged[path], weights)
 
 
-def serve_adapters(model, folder, prompts, adapters, *, edit=None, **options):
+def serve_adapters(model, folder, prompts, adapters, *, edit=None, compiled=False, **options):
     """Answers to prompts, each with its adapter's folder or None, in one batch."""
 
     def run():
         register(model, edit)
-        llm = make_llm(folder, **{**OPTIONS, **options})
+        llm = make_llm(folder, compiled=compiled, **{**OPTIONS, **options})
         return generate(llm, prompts, adapters=adapters)
 
-    return run_in_engine(run)
+    return run_in_engine(run, compiled=compiled)
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "custom"])
@@ -92,12 +92,12 @@ def adapted(request, tmp_path_factory):
     return model, folder, want
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_mixed_batch_equals_merged_weights(adapted, tp):
+@pytest.mark.parametrize(("tp", "compiled"), [(1, False), (2, False), (1, "trace")])
+def test_mixed_batch_equals_merged_weights(adapted, tp, compiled):
     """Every linear, the embedding and the head; requests with either adapter and with none."""
     model, folder, want = adapted
     adapters = [adapter for adapter in want for _ in PROMPTS]
-    served = serve_adapters(model, folder, PROMPTS * len(want), adapters, tp=tp)
+    served = serve_adapters(model, folder, PROMPTS * len(want), adapters, tp=tp, compiled=compiled)
     check(served, [answer for answers in want.values() for answer in answers])
 
 
