@@ -246,8 +246,9 @@ class _Tracer(TorchFunctionMode):
         node = self.scopes[-1].graph.create_node(op, target, args, kwargs or {})
         node.meta["where"] = users_line()
         one = isinstance(value, Tensor)
-        types = self._type(value) if one else pytree.tree_map_only(Tensor, self._type, value)
-        node.meta["type"] = tuple(types) if isinstance(types, list) else types  # aten's are lists
+        node.meta["type"] = (
+            self._type(value) if one else pytree.tree_map_only(Tensor, self._type, value)
+        )
         return node
 
     def _type(self, value: Tensor) -> TensorType:

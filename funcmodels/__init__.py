@@ -11,6 +11,7 @@ from funcmodels.checkpoint import load, save
 from funcmodels.generate import generate, logprobs
 from funcmodels.init import init, normal
 from funcmodels.models.registry import load_model
+from funcmodels.ops.attention_kernels import attention_kernel
 from funcmodels.pooling import classify, embed
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Axes, Model, Param, axes
@@ -76,6 +77,7 @@ __all__ = [
     "PartitionSpec",
     "Verified",
     "allow",
+    "attention_kernel",
     "axes",
     "block",
     "check",

@@ -41,6 +41,10 @@ class ShapeError(FuncModelsError):
     """An operation was given tensors whose shapes do not fit each other."""
 
 
+class KernelError(FuncModelsError):
+    """A kernel that was asked for by name cannot do what it was asked."""
+
+
 class DeclarationError(FuncModelsError):
     """A parameter, an axis or a model is declared in a way that cannot work."""
 

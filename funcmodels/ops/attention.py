@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcmodels.errors import ShapeError
 from funcmodels.ops.attention_function import Attention
+from funcmodels.ops.attention_kernels import forced
 from funcmodels.ops.primitive import primitive
 
 
@@ -33,7 +34,8 @@ def attention(
     out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)), over the visible j.
 
     Query head h reads key-value head h // (heads // kv_heads). It differentiates to any order,
-    forwards and backwards, by q, k, v, sinks and alibi_slopes, and vectorises under vmap.
+    forwards and backwards, by q, k, v, sinks and alibi_slopes, and vectorises under vmap. The first
+    gradient runs on the kernel of the device, see `fm.attention_kernel`; others hold all scores.
 
     Args:
         q, k, v: queries, keys and values, of one floating dtype; any number of batch dims.
@@ -68,6 +70,7 @@ def attention(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         window,
         softcap,
+        forced(),
     )
     return out
 

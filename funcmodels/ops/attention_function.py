@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funcmodels.ops import attention_kernels as kernels
@@ -18,30 +20,35 @@ class Attention(torch.autograd.Function):
     """out and lse of (q, k, v, sinks, slopes, segment_ids, *rules); lse has no derivative."""
 
     @staticmethod
-    def forward(q, k, v, sinks, slopes, segment_ids, causal, scale, window, softcap):
-        x, rules = Inputs(q, k, v, sinks, slopes), Rules(causal, scale, window, softcap)
-        out, lse = kernels.forward(x, segment_ids, rules)
+    def forward(q, k, v, sinks, slopes, segment_ids, *rules):
+        out, lse = kernels.forward(Inputs(q, k, v, sinks, slopes), segment_ids, Rules(*rules))
         return _no_view(out), _no_view(lse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, causal, scale, window, softcap = inputs
+        tensors, rules = inputs[:6], Rules(*inputs[6:])
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.save_for_forward(*tensors)
-        ctx.rules = Rules(causal, scale, window, softcap)
+        ctx.rules = rules
 
     @staticmethod
     def backward(ctx, *grads):
         grad_out, _grad_lse = grads
         q, k, v, sinks, slopes, segment_ids, out, lse = ctx.saved_tensors
         slopes_grad = slopes is not None and ctx.needs_input_grad[4]
+        if _is_last_derivative():
+            x = Inputs(q, k, v, sinks, slopes)
+            grads = kernels.backward(
+                x, grad_out, out, lse, segment_ids, ctx.rules, slopes_grad=slopes_grad
+            )
+            return (*grads, None, *[None] * len(ctx.rules))
         grads = AttentionGrad.apply(
             grad_out, q, k, v, sinks, slopes, segment_ids, out, lse, slopes_grad, *ctx.rules
         )
         grads = _spread(grads, sinks is not None, slopes_grad)
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, *[None] * len(ctx.rules))
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -88,7 +95,7 @@ class AttentionGrad(torch.autograd.Function):
         t = Tangents(*_spread(cotangents, x.sinks is not None, ctx.slopes_grad))
         by_grad_out = reference.jvp(x, t, segment_ids, ctx.rules).to(grad_out.dtype)
         by_x = reference.second(x, t, grad_out, segment_ids, ctx.rules)
-        return (by_grad_out, *by_x, *[None] * 8)
+        return (by_grad_out, *by_x, *[None] * (4 + len(ctx.rules)))
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -152,6 +159,19 @@ def _spread(grads, sinks: bool, slopes: bool) -> tuple[Tensor | None, ...]:
     """The inverse of `_present`, with None for those that there are not."""
     return (*grads[:3], grads[3] if sinks else None, grads[-1] if slopes else None)
 
+
+def _is_last_derivative() -> bool:
+    """Whether nothing differentiates or vectorises this backward: it needs no rules of its own."""
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+# `apply` asks for the signature of forward at every call, a quarter of the time of a small one.
+for _function in (Attention, AttentionGrad):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 # torch.compile records each call whole, and AOTAutograd follows the rules above. Tracing into the
 # class instead would refuse its jvp, and inlining its forward would lose the gradient of sinks.

@@ -43,6 +43,7 @@ class Rules(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    kernel: str | None = None  # the name of the one asked for; this file does not look at it
 
 
 class Softmax(NamedTuple):

@@ -8,7 +8,6 @@ import torch
 
 from funcmodels import ops
 from funcmodels.errors import ShapeError
-from funcmodels.ops import attention_kernels
 
 BATCH, SEQ, DIM = 2, 5, 4
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
@@ -184,15 +183,6 @@ def test_no_tokens(batch):
 def test_strided_inputs():
     q, k, v = (torch.randn(BATCH, DIM, h, SEQ).transpose(1, 3) for h in (4, 2, 2))
     torch.testing.assert_close(ops.attention(q, k, v), dense(q, k, v), rtol=1e-5, atol=1e-5)
-
-
-def test_kernel_choice():
-    q, k, v = inputs()
-    x = attention_kernels.Inputs(q, k, v, None, None)
-    rules = attention_kernels.Rules(True, 1.0, None, None)
-    assert attention_kernels.choose(x, rules) == "cpu_flash"
-    assert attention_kernels.choose(x, rules._replace(softcap=1.0)) == "reference"
-    assert attention_kernels.choose(x, rules, slopes_grad=True) == "reference"
 
 
 @pytest.mark.parametrize(
