@@ -246,9 +246,8 @@ class _Tracer(TorchFunctionMode):
         node = self.scopes[-1].graph.create_node(op, target, args, kwargs or {})
         node.meta["where"] = users_line()
         one = isinstance(value, Tensor)
-        node.meta["type"] = (
-            self._type(value) if one else pytree.tree_map_only(Tensor, self._type, value)
-        )
+        types = self._type(value) if one else pytree.tree_map_only(Tensor, self._type, value)
+        node.meta["type"] = tuple(types) if isinstance(types, list) else types  # aten's are lists
         return node
 
     def _type(self, value: Tensor) -> TensorType:

@@ -86,6 +86,18 @@ def over_heads_of_an_activation(p, x, s):
     return x + einsum(y, p["o"], "... h d, e h d -> ... e")
 
 
+def over_rows_of_heads(p, x, s):
+    """A split of the dim that is cut, which takes it whole."""
+    h = einsum(x, p["q"], "... e, h d e -> ... h d")
+
+    def row(y):
+        a, b = y.split(2, -1)
+        return torch.cat((b, torch.tanh(a)), -1)
+
+    y = vmap(row, in_dims=-1, out_dims=-1)(h)
+    return x + einsum(y, p["o"], "... h d, e h d -> ... e")
+
+
 def nested(p, x, s):
     """Over heads and, in each, over its rows."""
 
@@ -188,7 +200,7 @@ def checkpointed_call(p, x, s):
 WORK = {
     body.__name__: body
     for body in (
-        over_heads, over_heads_out, over_heads_of_an_activation, nested, over_several, over_tokens,
+        over_heads, over_heads_out, over_heads_of_an_activation, over_rows_of_heads, nested, over_several, over_tokens,
         chunks, gradient, gradient_and_value, tangent, block_inside, inside_a_block, checkpointed,
         checkpoint_in_a_block, checkpointed_call,
     )
