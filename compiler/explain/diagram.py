@@ -44,7 +44,7 @@ def diagram(found: Explanation) -> str:
     y = _Drawing(canvas, found, blocks).steps(body, 30, y + _GAP, WIDTH - 60)
     y = _Drawing(canvas, found, blocks).steps(head, 30, y + _GAP, WIDTH - 60)
     canvas.lines.append(path(f"M{WIDTH / 2:g},{y + 1:g} v{_GAP - 3}", "flow", _TIP))
-    y = _pill(canvas, y + _GAP, "logits", "logits")
+    y = _pill(canvas, y + _GAP, "logits" if head.steps else "pooled", "logits")
     drawn = "".join([*canvas.shapes, *canvas.lines])
     size = f'viewBox="0 0 {WIDTH} {y + 14:g}" width="{WIDTH}" height="{y + 14:g}"'
     label = f'role="img" aria-label="Block diagram of {found.model}"'

@@ -279,10 +279,11 @@ class Inventory:
         s: Any = node.kwargs
         q, k = node.args[0], node.args[1]
         dims = s["head_dim"] + s["v_head_dim"]
+        cached = s.get("causal", True)  # an encoder sees its whole input at once
         heads, kv_heads = self._heads(q, s["heads"]), self._heads(k, s["kv_heads"])
         return Work(
             attention_flops=2 * heads * dims,
-            kv_bytes=kv_heads * dims * self.setting.kv_dtype.itemsize,
+            kv_bytes=kv_heads * dims * self.setting.kv_dtype.itemsize if cached else 0,
             window=s.get("window"),
         )
 

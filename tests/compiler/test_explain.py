@@ -24,6 +24,7 @@ from funcmodels import ops
 from funcmodels.errors import ShardingError
 from funcmodels.models import llama
 from tests.compiler.programs import TABLE, axes, small
+from tests.engine.poolers import pooler
 from tests.tiny_llama import tiny
 
 # Sizes of the checkpoints' config.json: layers, hidden, mlp, heads; and their published parameters.
@@ -398,6 +399,17 @@ def test_a_parameter_that_is_not_read_is_not_served():
     assert found.weights == 2 * 2 * 64 * 16  # two tables, padded
     assert "not served: spare" in str(found)
     assert "not served: spare" in page(found)
+
+
+def test_models_that_pool():
+    """They end where the pooler begins; what attends both ways keeps no keys."""
+    causal = fm.explain(pooler("P1", task="embed", pooling="last", causal="all"), tp=2)
+    both = fm.explain(pooler("P2", task="classify", pooling="mean", causal="none"), tp=2)
+    assert causal.kv_per_token == 2 * 2 * 1 * 32 * 2
+    assert both.kv_per_token == 0
+    assert "pooled" in diagram(both)
+    assert "logits" not in diagram(both).replace("pill logits", "")
+    assert not any(step.collective.is_per_sample for _, step in both.collectives if step.collective)
 
 
 def alternating(kinds: list[int | None]) -> fm.Model:
