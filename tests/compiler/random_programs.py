@@ -302,7 +302,7 @@ def normed_wide(p, x, positions):
 
 def shared_keys(p, x, positions):
     """Two attentions with the same keys and values, the second of which carries the first's on."""
-    q, k, v = _qkv(p, x)
+    q, k, v = _qkv(p, ops.rms_norm(x, p["norm"], eps=1e-5))
     q, k = ops.rope(q, k, positions, theta=100.0)
     first = ops.attention(q, k, v)
     second = ops.attention(q * p["scale"][:, None], k, v + 0.1 * k, window=2)
@@ -346,5 +346,5 @@ STEPS: dict[str, tuple[dict[str, str], Any]] = {
     "picked": (QO, picked),
     "rearranged": (QO, rearranged),
     "normed_wide": (GATED | {"mlp_norm": "mlp"}, normed_wide),
-    "shared_keys": (QKVO | {"scale": "heads"}, shared_keys),
+    "shared_keys": (QKVO | {"norm": "hidden", "scale": "heads"}, shared_keys),
 }

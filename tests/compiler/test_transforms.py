@@ -200,9 +200,9 @@ def checkpointed_call(p, x, s):
 WORK = {
     body.__name__: body
     for body in (
-        over_heads, over_heads_out, over_heads_of_an_activation, over_rows_of_heads, nested, over_several, over_tokens,
-        chunks, gradient, gradient_and_value, tangent, block_inside, inside_a_block, checkpointed,
-        checkpoint_in_a_block, checkpointed_call,
+        over_heads, over_heads_out, over_heads_of_an_activation, over_rows_of_heads, nested,
+        over_several, over_tokens, chunks, gradient, gradient_and_value, tangent, block_inside,
+        inside_a_block, checkpointed, checkpoint_in_a_block, checkpointed_call,
     )
 }  # fmt: skip
 
