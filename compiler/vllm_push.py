@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm import LLM, ModelRegistry
 from vllm.v1.engine.core_client import InprocClient
@@ -61,7 +62,7 @@ def push_weights(llm: LLM, weights: Any, *, model: Model | None = None) -> None:
     """
     _check_engine(llm)
     served = _served_class(llm)
-    _check_layers(served)
+    _check_layers(served, llm.llm_engine.model_config.dtype)
     model = _model_of(served, model)
     values = dict(tree.items(weights))
     check_weights(model, values)
@@ -149,9 +150,21 @@ def _served_class(llm: LLM) -> Any:
     return cls
 
 
-def _check_layers(served: Any) -> None:
-    """Refuse a layer of experts: reloaded by vLLM with the same weights, it is off by nats."""
-    used = vars(sys.modules[served.__module__]).values()
+def _check_layers(served: Any, dtype: torch.dtype) -> None:
+    """Refuse layers that vLLM does not reload whole.
+
+    Experts are off by nats after it, with the same weights too. Of float16 sinks, attention on a
+    CPU makes a float32 copy at its first call, and never another.
+    """
+    module = sys.modules[served.__module__]
+    if dtype == torch.float16 and "sinks=self." in Path(str(module.__file__)).read_text():
+        raise PushError(
+            f"{served.__name__} has attention sinks, of which vLLM keeps a copy in float32",
+            got="an engine in float16",
+            need="a dtype in which it reads the parameter itself",
+            fix='LLM(..., dtype="bfloat16") or dtype="float32"',
+        )
+    used = vars(module).values()
     if any("fused_moe" in str(getattr(each, "__module__", "")) for each in used):
         raise PushError(
             f"{served.__name__} mixes experts",

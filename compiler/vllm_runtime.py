@@ -207,10 +207,12 @@ def note_tensors(weights: Iterable[tuple[str, torch.Tensor]], awaited: set[str])
 
 def read_tensors(weights: Iterable[tuple[str, torch.Tensor | str]]):
     """The same weights; of those that another process sends, the files are named and read here."""
+    opened = {}
     for name, weight in weights:
         if isinstance(weight, str):
-            with safe_open(weight, framework="pt") as file:
-                weight = file.get_tensor(name)
+            if weight not in opened:
+                opened = {weight: safe_open(weight, framework="pt")}
+            weight = opened[weight].get_tensor(name)
         yield name, weight
 
 

@@ -262,6 +262,20 @@ def test_other_engines_are_refused(folders):
     )
 
 
+def test_sinks_in_float16_are_refused(tmp_path):
+    """Of which vLLM would go on to use a copy that it made of the old ones."""
+    model = custom(has_sinks=True)
+    weights = saved(model, tmp_path, torch.float16)
+
+    def run():
+        register(model)
+        return attempt(fm.push_weights, make_llm(tmp_path, dtype="float16"), weights)
+
+    kind, text = run_in_engine(run)
+    assert kind == "PushError"
+    assert "attention sinks" in text
+
+
 # Which model it is.
 
 
