@@ -185,13 +185,14 @@ def _mask(module: Any, batch: Batch, attention: str) -> Any:
 
 def training(*, quick: bool) -> Callable[[float, int], list[Row]]:
     """Compile all sides; what is returned measures them, given the chip's FLOP/s and the turns."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     size = SMALL if quick else BIG
     batch = batch_of(size)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        module = LlamaForCausalLM(LlamaConfig(**size.hf)).to(BF16)
+        # Not .to(BF16): it would round the frequencies of the rotary embedding as well.
+        module = AutoModelForCausalLM.from_config(LlamaConfig(**size.hf), dtype=BF16)
     model = llama.model(llama.Config.from_hf(size.hf))
     steps = {OURS: ours(model, _shared(model, module), batch)}
     peers = ["sdpa"]
