@@ -228,10 +228,14 @@ class _Planner:
         weights, biases = node.args[1], node.args[2]
         parts = _shards(node.kwargs["kind"], len(weights))  # type: ignore[arg-type]
         fused = module.rpartition(".")[2]
+        leaves = self.leaves(weights, names)  # type: ignore[arg-type]
+        if len(leaves) > 1:  # vLLM has one list of parts for all layers of a name
+            leaves = self.plan.fused.setdefault(fused, leaves)
+            assert len(leaves) == len(weights), f"{fused} has other parts elsewhere: {leaves}"  # type: ignore[arg-type]
         for kind, params in (("weight", weights), ("bias", biases)):
-            for shard, param, matrix in zip(parts, params, node.kwargs["matrices"], strict=False):  # type: ignore[arg-type]
+            rows = zip(parts, params, node.kwargs["matrices"], leaves, strict=False)  # type: ignore[arg-type]
+            for shard, param, matrix, leaf in rows:
                 path = names[str(param.target)]  # type: ignore[union-attr]
-                leaf = _module(self.tensor(path)).rpartition(".")[2]
                 layout = _layout(self.maps[path], matrix if kind == "weight" else None)
                 if kind == "weight":
                     self.lora_target(self.maps[path], _sides(self.maps[path], matrix))
@@ -244,10 +248,14 @@ class _Planner:
                     layout,
                     sizes,
                 )
-                if shard is not None and kind == "weight":
-                    members = self.plan.fused.setdefault(fused, [])
-                    if leaf not in members:
-                        members.append(leaf)
+
+    def leaves(self, weights: list[fx.Node], names: dict[str, str]) -> list[str]:
+        """What the parts of a layer are called in it: as in the checkpoint, where that differs."""
+        paths = [names[str(weight.target)] for weight in weights]
+        found = [_module(self.tensor(path)).rpartition(".")[2] for path in paths]
+        if len(set(found)) == len(found):
+            return found
+        return [identifier(str(weight.target)) for weight in weights]
 
     def lora_target(self, map_: TensorMap, sides: tuple[Sequence[str], Sequence[str]]) -> None:
         """Let adapters change a matrix, unless their rows would lie otherwise than the layer's."""

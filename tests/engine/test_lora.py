@@ -145,6 +145,21 @@ def test_without_the_check_a_wrong_adapter_changes_nothing(wrong, tmp_path):
     check(serve_adapters(model, tmp_path, PROMPTS, [tmp_path / "a"] * 3, edit=edit), want)
 
 
+def test_parts_of_a_fused_layer_that_end_alike(tmp_path):
+    """`attn.q.proj` and `attn.k.proj` are told apart as the function's own parameters are."""
+    tree, base = params(Config()), custom()
+    P = fm.axes(heads=4, kv_heads=2, head_dim=32, hidden=128)
+    for block in tree["layers"]:
+        for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
+            at = f"layers.{{layers}}.attn.{name}.proj.weight: ({heads} head_dim) hidden"
+            block["attn"][name] = P(f"{heads} head_dim hidden", hf=at)
+    model = fm.Model("EndAlike", base.config, tree, base.forward, base.sharding)
+    weights = saved(model, tmp_path)
+    merged = write_adapter(tmp_path / "a", model, weights, r"[01]\.attn\.(q|v)")
+    served = serve_adapters(model, tmp_path, PROMPTS, [tmp_path / "a"] * 3, tp=2)
+    check(served, expected(model, merged))
+
+
 def test_a_matrix_stored_in_another_order_is_no_target():
     """The rows of an adapter's factors would lie otherwise than those of the layer."""
     config = Config()
