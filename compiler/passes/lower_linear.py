@@ -80,6 +80,8 @@ def product_of(node: fx.Node) -> Product | str:
         return "it sums over a dim of one factor alone"
     if not found.batch:
         return "it is applied to no tokens"
+    if len(found.batch) > 1:  # adapters know which request each token is of, and no more rows
+        return "it is applied to several rows of each token, as to each head"
     if _matrix(found) is None:
         return "its matrix is a part of a parameter, or not in the order of one"
     return found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.tiny import check, expected, saved, serve_model
+from tests.engine.tiny import check, distance, expected, saved, serve_model
 from tests.engine.unusual import MODELS
 
 
@@ -16,3 +16,18 @@ def case(request, tmp_path_factory):
 def test_equals_the_pure_function(case, tp, compiled):
     model, folder, want = case
     check(serve_model(model, folder, tp=tp, compiled=compiled), want)
+
+
+FAULTS = {
+    "stacked": ('"layers.1.q", "layers.2.q"', '"layers.2.q", "layers.1.q"'),
+    "shared": ("* self.scale", "* (self.scale + 0.1)"),
+    "mapped": ("torch.tanh(", "torch.sin("),
+}
+
+
+def test_a_planted_fault_is_seen(case):
+    """Layers in another order; another scale of what is shared; another function of each head."""
+    model, folder, want = case
+    fault = FAULTS[model.name.removesuffix("ForCausalLM").lower()]
+    served = serve_model(model, folder, edit=lambda source: source.replace(*fault))
+    assert distance(served, want) > 1e-3
