@@ -162,17 +162,17 @@ def check_generates(vllm_config: VllmConfig) -> None:
 def check_pools(vllm_config: VllmConfig, pooling: str, attention: str) -> None:
     """Refuse an engine that would pool, or cut prompts, otherwise than this model was declared."""
     config = vllm_config.model_config
-    wrong = []
-    if config.runner_type != "pooling":
-        wrong.append(f"runner={config.runner_type!r}, need 'pooling'")
-    elif (got := config.pooler_config.seq_pooling_type) != pooling:
-        wrong.append(f"seq_pooling_type={got!r}, compiled for {pooling!r}")
+    pooler, wrong = config.pooler_config, None
+    if config.runner_type != "pooling" or pooler is None:
+        wrong = f"runner={config.runner_type!r}, need 'pooling'"
+    elif pooler.seq_pooling_type != pooling:
+        wrong = f"seq_pooling_type={pooler.seq_pooling_type!r}, compiled for {pooling!r}"
     elif attention == "encoder_only" != config.attn_type:
-        wrong.append(f"attn_type={config.attn_type!r}, compiled for {attention!r}")
+        wrong = f"attn_type={config.attn_type!r}, compiled for {attention!r}"
     if wrong:
         raise ValueError(
             "this model class was compiled for another way of pooling\n"
-            f"  got:  {wrong[0]}\n"
+            f"  got:  {wrong}\n"
             "  fix:  LLM(folder, runner='pooling'), of a model that fm.register was given, "
             "without a pooler_config of its own"
         )
