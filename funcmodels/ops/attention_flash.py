@@ -6,7 +6,7 @@ Both take (n, seq, heads, d), or (tokens, heads, d) with the places where docume
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -92,13 +92,13 @@ def _package_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
     )[:3]  # fmt: skip
 
 
-def _forward(run: Callable[..., Any], multiple: int, call: Call) -> tuple[Tensor, Tensor]:
+def _forward(run: Callable[..., Any], sizes: Sequence[int], call: Call) -> tuple[Tensor, Tensor]:
     x, segment_ids, _ = call
     batch, seq, heads = x.q.shape[:-3], x.q.shape[-3], x.q.shape[-2]
     at = _layout(call)
     if at is None:
         return _without_documents(call).forward(call)
-    width = _width(x, multiple)
+    width = _width(x, sizes)
     q, k, v = (_tokens(t, width, at) for t in x[:3])
     out, lse = run(q, k, v, at)
     if segment_ids is not None:  # (heads, tokens)
@@ -108,13 +108,18 @@ def _forward(run: Callable[..., Any], multiple: int, call: Call) -> tuple[Tensor
 
 
 def _backward(
-    run: Callable[..., Any], multiple: int, call: Call, grad_out: Tensor, out: Tensor, lse: Tensor
+    run: Callable[..., Any],
+    sizes: Sequence[int],
+    call: Call,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> Inputs:
     x, segment_ids, _ = call
     at = _layout(call)
     if at is None:
         return _without_documents(call).backward(call, grad_out, out, lse)
-    width = _width(x, multiple)
+    width = _width(x, sizes)
     grad, result = (_tokens(t.to(x.q.dtype).contiguous(), width, at) for t in (grad_out, out))
     q, k, v = (_tokens(t, width, at) for t in x[:3])
     flat = lse.reshape(-1, *lse.shape[-2:])  # (n, heads, seq)
@@ -141,9 +146,9 @@ def _without_documents(call: Call) -> Kernel:
     return FLEX
 
 
-def _width(x: Inputs, multiple: int) -> int:
-    """The one head size that q, k and v are given."""
-    return -(-max(x.q.shape[-1], x.v.shape[-1]) // multiple) * multiple
+def _width(x: Inputs, sizes: Sequence[int]) -> int:
+    """The one head size that q, k and v are given: the least of a kernel's that is enough."""
+    return next(n for n in sizes if n >= max(x.q.shape[-1], x.v.shape[-1]))
 
 
 def _tokens(t: Tensor, width: int, at: Layout) -> Tensor:
@@ -188,21 +193,23 @@ def _is_installed() -> bool:
     return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
-# Heads as wide as torch's kernel takes them, in eights; flash-attn-4 takes these too, and was wrong
-# with d 72 and dv 40 on Hopper, so that it gets the widths that it has tiles for.
+TORCH_SIZES = range(8, 257, 8)
+# Those it was checked with: it runs with multiples of 8, and was wrong with 72 and 40 on Hopper.
+PACKAGE_SIZES = (64, 128, 256)
+
 FLASH = opaque(
     Kernel(
         "flash",
         _torch_lacks,
-        partial(_forward, _torch_forward, 8),
-        partial(_backward, _torch_backward, 8),
+        partial(_forward, _torch_forward, TORCH_SIZES),
+        partial(_backward, _torch_backward, TORCH_SIZES),
     )
 )
 FLASH_ATTN = opaque(
     Kernel(
         "flash_attn",
         _package_lacks,
-        partial(_forward, _package_forward, 64),
-        partial(_backward, _package_backward, 64),
+        partial(_forward, _package_forward, PACKAGE_SIZES),
+        partial(_backward, _package_backward, PACKAGE_SIZES),
     )
 )

@@ -151,17 +151,19 @@ def library_backward(grad_out, q, k, v, out, lse, at):
     return tuple(g[0] if at.starts is not None else g for g in grads)
 
 
-@pytest.mark.parametrize("multiple", [8, 64])
+@pytest.mark.parametrize(
+    "sizes", [attention_flash.TORCH_SIZES, attention_flash.PACKAGE_SIZES], ids=["torch", "package"]
+)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rules", [RULES, RULES._replace(causal=False, window=2)])
-def test_flash_around_a_library(packed, sinks, multiple, rules):
+def test_flash_around_a_library(packed, sinks, sizes, rules):
     c = call(d=8, dv=3, sinks=sinks, ids=IDS if packed else None, rules=rules)
-    out, lse = attention_flash._forward(library_forward, multiple, c)
+    out, lse = attention_flash._forward(library_forward, sizes, c)
     want, want_lse = reference.forward(*c)
     close((out, lse), (want, want_lse))
     grad_out = torch.randn_like(out)
-    got = attention_flash._backward(library_backward, multiple, c, grad_out, out, lse)
+    got = attention_flash._backward(library_backward, sizes, c, grad_out, out, lse)
     close(got, reference.vjp(c.x, grad_out, c.segment_ids, c.rules))
 
 
