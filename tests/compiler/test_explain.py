@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from einops import einsum
+from hypothesis import given, settings
 
 import funcmodels as fm
 from compiler.explain import ExplainError
@@ -19,11 +20,13 @@ from compiler.explain.diagram import WIDTH, diagram
 from compiler.explain.folding import Repeat, folded_steps, numbers_text
 from compiler.explain.page import page
 from compiler.stages import layers_of_stages
+from compiler.vllm_target import source_for_vllm
 from examples import hello
 from funcmodels import ops
-from funcmodels.errors import ShardingError
+from funcmodels.errors import FuncModelsError, ShardingError
 from funcmodels.models import llama
 from tests.compiler.programs import TABLE, axes, small
+from tests.compiler.random_programs import model_of, specs
 from tests.engine.poolers import pooler
 from tests.tiny_llama import tiny
 
@@ -510,3 +513,30 @@ def test_long_names_fit():
     assert any("…" in text for text in texts)
     assert max(map(len, texts)) < 80
     assert name in page(found)  # in full in the tables
+
+
+def served_on_two(model: fm.Model) -> bool:
+    """Whether a model is compiled, and its axes allow two ranks."""
+    try:
+        source_for_vllm(model)
+        fm.check(model, tp=2)
+    except FuncModelsError:
+        return False
+    return True
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(specs())
+def test_random_models(spec):
+    """Whatever is served is explained: each parameter that is read is held, each box has room."""
+    model = model_of(spec)
+    try:
+        found = fm.explain(model, tp=2)
+    except FuncModelsError:
+        assert not served_on_two(model)
+        return
+    root = ET.fromstring(diagram(found))
+    assert all(float(e.attrib["width"]) > 0 for e in root.iter() if e.tag.endswith("rect"))
+    assert found.weights == sum(p.bytes * p.count for p in found.parameters)
+    assert all(1 <= p.replicas <= 2 and p.bytes > 0 for p in found.parameters)
+    assert found.model in page(found)
