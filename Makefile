@@ -15,7 +15,9 @@ demo: setup ## the whole way on SmolLM2-135M: inspect, compile, serve, compare, 
 	@$(PY) -m examples.demo
 
 test: lint quick ## lint and the full test suite, real engine included
-	$(PY) -m pytest -m "engine or slow"
+	$(PY) -m pytest -m slow --ignore=tests/engine
+	# Alone: the engine's processes are forked from here, and what other modules import comes along.
+	$(PY) -m pytest tests/engine
 
 quick: setup ## the tests without the engine, under two minutes; vLLM cannot be imported in them
 	$(PY) -m pytest -p tests.no_vllm -m "not engine and not slow" --ignore=tests/engine

@@ -1,6 +1,7 @@
 """Tests on the real vLLM engine: skipped where it is not installed."""
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.engine)
             if not has_vllm:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+def pytest_collection_finish() -> None:
+    """vLLM's loggers keep the stream of their import: one of the collection's is closed later."""
+    assert "vllm" not in sys.modules, "a test module imports vLLM: let the engine's process do so"
 
 
 @pytest.fixture(autouse=True, scope="session")

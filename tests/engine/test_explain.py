@@ -15,8 +15,6 @@ from tests.engine.custom import custom
 from tests.engine.harness import generate, make_llm, run_in_engine
 from tests.engine.tiny import register, saved, tiny_llama
 
-pytest.importorskip("vllm")
-
 # A vocabulary that is padded, key-value heads that are copied at tp=4, tied or with plain torch.
 MODELS = {
     "llama": lambda: tiny_llama(vocab_size=200, attention_bias=True),
