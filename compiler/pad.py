@@ -11,16 +11,14 @@ from torch import Tensor, fx
 
 from compiler import collectives
 from compiler.partition import Partitioned, partition
+from compiler.passes.parameter_view import view_of
 from compiler.placement import Partial, Shard
-from compiler.rewrite import is_call, is_param
+from compiler.rewrite import is_call
 from compiler.trace import trace
 from funcmodels import tree
 from funcmodels.config_json import config_of
 from funcmodels.errors import ShardingError
 from funcmodels.spec import Model, Param
-
-_VIEWS = ("reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze",
-          "unsqueeze", "einops_rearrange")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,20 +150,13 @@ def _check_zeros(program: Partitioned, axes: set[str]) -> None:
             summed = isinstance(node.meta["placement"], Partial)
             if is_call(node, collectives.all_gather) and cut:
                 raise _mixes(node, _axis_of(cut[0]))
-            if summed and cut and not any(_is_view_of_param(n) for n in cut):
+            if summed and cut and not any(map(view_of, cut)):
                 raise _mixes(node, _axis_of(cut[0]))
 
 
 def _axis_of(node: fx.Node) -> str | None:
     at = node.meta.get("placement")
     return at.axis if isinstance(at, Shard) else None
-
-
-def _is_view_of_param(node: fx.Node) -> bool:
-    """Whether a value is a parameter, seen in another shape at most."""
-    while node.op == "call_function" and getattr(node.target, "__name__", "") in _VIEWS:
-        (node,) = node.all_input_nodes
-    return is_param(node)
 
 
 def _mixes(node: fx.Node, axis: str | None) -> ShardingError:
