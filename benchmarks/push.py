@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks.engine import start
 from benchmarks.table import compare, report, spread
 from examples.smollm2 import convert
 
@@ -28,22 +29,6 @@ PUSH, RELOAD, RESTART = "push_weights", "folder, reload_weights", "folder, new e
 PLACES = {"one process": "0", "engine process": "1"}
 
 Figures = dict[str, list[float]]
-
-
-def start(folder: Path) -> Any:
-    """A small engine of a folder."""
-    from vllm import LLM
-
-    return LLM(
-        model=str(folder),
-        dtype="bfloat16",
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=256 << 20,
-        disable_log_stats=True,
-    )
 
 
 def tokens_of(llm: Any) -> list[int]:

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
+from benchmarks.engine import start
 from benchmarks.table import Row, compare, report, spread
 from examples.smollm2 import convert
 
@@ -76,24 +77,18 @@ def register_ours(folder: Path) -> str:
 
 def start_engine(side: str, folder: Path, *, compiled: bool) -> Callable[[Load, int], float]:
     """Start an engine; returns a function that runs a load and gives its seconds."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     settings = {
-        "dtype": "bfloat16",
         "enforce_eager": not compiled,
-        "skip_tokenizer_init": True,
-        "max_model_len": 512,
-        "max_num_seqs": 8,
         "max_num_batched_tokens": 2048,
-        "kv_cache_memory_bytes": 256 << 20,
         "enable_prefix_caching": False,
-        "disable_log_stats": True,
     }
     if side == OURS:
         settings["hf_overrides"] = {"architectures": [register_ours(folder)]}
     elif side == TRANSFORMERS:
         settings["model_impl"] = "transformers"
-    llm = LLM(model=str(folder), **settings)
+    llm = start(folder, **settings)
 
     def run(load: Load, seed: int) -> float:
         rng = random.Random(seed)  # the same tokens on every side

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.engine import start as start_engine
 from benchmarks.serve import LLAMA, OURS, register_ours
 from benchmarks.table import compare, report
 from examples.smollm2 import convert
@@ -58,7 +59,6 @@ def _child(side: str, folder: Path) -> None:
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1"
     )
-    from vllm import LLM
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     import funcmodels  # noqa: F401  (imports are not what is measured, on either side)
@@ -75,16 +75,7 @@ def _child(side: str, folder: Path) -> None:
     BaseModelLoader.load_model = timed
     start = time.perf_counter()
     overrides = {"architectures": [register_ours(folder)]} if side == OURS else {}
-    LLM(
-        model=str(folder),
-        hf_overrides=overrides,
-        dtype="bfloat16",
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=256 << 20,
-    )
+    start_engine(folder, hf_overrides=overrides)
     figures = {"start": time.perf_counter() - start, "load": seconds[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     print("\n" + json.dumps({**figures, "memory": peak / 2**20}))
