@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.engine import start as start_engine
-from benchmarks.serve import LLAMA, OURS, register_ours
+from benchmarks.sides import OURS, register_ours
 from benchmarks.table import compare, report
 from examples.smollm2 import convert
 
+LLAMA = "vLLM Llama"
 # Of each figure, its unit; all are better when less, so rows hold their inverse.
 UNITS = {"start": "1/s", "load": "1/s", "memory": "1/GiB"}
 

@@ -64,7 +64,10 @@ def report(title: str, rows: list[Row], json_file: Path | None = None) -> None:
         table.add_row(
             row.what, number(row.ours), number(row.peer), row.peer_name, ratio, row.unit, others
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # in a file, rows are to be whole
+        console = Console(width=140)
+    console.print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
