@@ -32,8 +32,6 @@ LOADS = [
     Load("decode 1x64", batch=1, prompt=8, new=64),
 ]
 
-Name = StrEnum("Name", {name: name for name in SHAPES})
-
 
 class Mode(StrEnum):
     eager = "eager"
@@ -90,8 +88,10 @@ def show_noise(figures: Figures, what: str, console: Console) -> None:
 
 
 def main(
-    model: Annotated[list[Name] | None, typer.Option(help="may be given several times")] = None,
-    tp: Annotated[list[int] | None, typer.Option(help="ranks; may be given several times")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; may be repeated")
+    ] = None,
+    tp: Annotated[list[int] | None, typer.Option(help="ranks; may be repeated")] = None,
     quick: Annotated[bool, typer.Option(help="eager unless --mode is given; few turns")] = False,
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
     mode: Annotated[Mode, typer.Option(help="how vLLM runs the model")] = Mode.both,
@@ -112,8 +112,10 @@ def main(
     modes = ["eager", "compiled"] if mode is Mode.both else [mode.value]
     if quick and mode is Mode.both:
         modes = ["eager"]
+    if unknown := set(model or ()) - set(SHAPES):
+        raise typer.BadParameter(f"--model {min(unknown)}: need one of {', '.join(SHAPES)}")
     console, rows = Console(), []
-    for name in model or [Name("smollm2")]:
+    for name in model or ["smollm2"]:
         shape: Shape = SHAPES[name]
         names = [*([] if peers_only else [OURS]), shape.peer, TRANSFORMERS]
         for ranks in tp or [1]:
