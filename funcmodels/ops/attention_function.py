@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funcmodels.ops import attention_kernels as kernels
 from funcmodels.ops import attention_reference as reference
 from funcmodels.ops.attention_reference import Inputs, Rules, Tangents
+from funcmodels.ops.forward_mode import outer_tangents, values
 
 
 class Attention(torch.autograd.Function):
@@ -53,8 +52,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         *primals, segment_ids = ctx.saved_tensors
-        with _outer_tangents():
-            x, t = Inputs(*_values(primals)), Tangents(*_values(tangents[:5]))
+        with outer_tangents():
+            x, t = Inputs(*values(primals)), Tangents(*values(tangents[:5]))
             return reference.jvp(x, t, segment_ids, ctx.rules), None
 
     @staticmethod
@@ -100,9 +99,9 @@ class AttentionGrad(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         *primals, segment_ids = ctx.saved_tensors
-        with _outer_tangents():
-            grad_out, *primals = _values(primals)
-            grad_out_t, *tangents = _values(tangents[:6])
+        with outer_tangents():
+            grad_out, *primals = values(primals)
+            grad_out_t, *tangents = values(tangents[:6])
             x, t = Inputs(*primals), Tangents(*tangents)
             present = x.sinks is not None, ctx.slopes_grad
             curved = reference.second(x, t, grad_out, segment_ids, ctx.rules)
@@ -132,17 +131,6 @@ def _batched(tensors, in_dims, size: int, full) -> list[Tensor | None]:
         else:
             result.append(t.movedim(dim, 0))
     return result
-
-
-# PyTorch calls a Function's jvp with forward mode off, at every level: the tangents that an outer
-# jvp asks for are lost, and jvp of jvp is zero without an error. Turned on again, the inputs must
-# be stripped of their tangents at the current level, which this jvp is the rule for.
-_outer_tangents = partial(_set_fwd_grad_enabled, True)
-
-
-def _values(tensors) -> list[Any]:
-    """The tensors without their tangents at the current level."""
-    return [None if t is None else torch.ops.aten._fw_primal(t, 0) for t in tensors]
 
 
 def _no_view(t: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from funcmodels import ops
 from funcmodels.ops.primitive import ALL
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, DIM = 11, 8, 4, 2, 4
-NAMES = ["embed", "rms_norm", "rope", "attention", "swiglu", "geglu", "layer_norm", "unembed"]
+NAMES = ["embed", "rms_norm", "rope", "attention", "swiglu", "geglu", "experts", "layer_norm"]
+NAMES += ["unembed"]
 
 
 def weights():
@@ -22,6 +23,8 @@ def weights():
         "kv": (KV_HEADS, DIM, HIDDEN),
         "o": (HIDDEN, HEADS, DIM),
         "sinks": (HEADS,),
+        "up": (3, HEADS, HIDDEN),
+        "down": (3, HIDDEN, HEADS),
     }
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
@@ -35,6 +38,8 @@ def model(p, tokens, positions, softcap=None, scaling=None):
     o = ops.attention(q, k, k[..., :3], sinks=p["sinks"], segment_ids=tokens // 6, softcap=softcap)
     x = x + torch.einsum("...hd,ehd->...e", o, p["o"][..., :3])
     x = x + ops.geglu(ops.swiglu(x, x), x, approximate="tanh")
+    top, ids = x[..., :3].topk(2, dim=-1)
+    x = x + ops.experts(x, top, ids, p["up"], p["up"], p["down"], activation="silu")
     return ops.unembed(ops.layer_norm(x, p["norm"], eps=1e-5), p["embed"])
 
 
