@@ -9,6 +9,8 @@ Then each collective's backward is another one, as in Megatron's f and g and JAX
     all_gather      blocks -> whole             own block
     take_block      whole -> own block          blocks -> whole
     replica_sum     identity                    sum over the ranks that hold the same block
+    reduce_scatter  own block of the sum        blocks -> whole
+    gather_vary     blocks -> whole             own block of the sum
 
 The functions here only name the nodes; `compiler.comm` carries them out.
 """
@@ -43,7 +45,17 @@ def replica_sum(x: Tensor, units: int, axis: str) -> Tensor:
     raise _only_evaluated("replica_sum")
 
 
-ALL = (all_reduce, vary, all_gather, take_block, replica_sum)
+def reduce_scatter(x: Tensor, dim: int, axis: str) -> Tensor:
+    """A rank's own block of the sum over ranks: `Partial` -> `Shard`."""
+    raise _only_evaluated("reduce_scatter")
+
+
+def gather_vary(x: Tensor, dim: int, axis: str) -> Tensor:
+    """The whole of a value that is cut, as ranks use it differently: `all_gather` and `vary`."""
+    raise _only_evaluated("gather_vary")
+
+
+ALL = (all_reduce, vary, all_gather, take_block, replica_sum, reduce_scatter, gather_vary)
 
 
 def _only_evaluated(name: str) -> AssertionError:

@@ -6,8 +6,11 @@ of each rank that lives here.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,24 +21,52 @@ from compiler import collectives
 Values = list[Tensor]
 
 
-class _Conjugate(torch.autograd.Function):
-    """A collective whose backward is another one."""
+class Collective(torch.autograd.Function):
+    """A collective whose backward is another one, of (comm, node, args, transposed, *values).
 
-    generate_vmap_rule = True
+    The first four are plain values, so that a compiled graph can hold them: the name of the ranks,
+    that of the node of `compiler.collectives`, its arguments without value and axis, and whether
+    this is its backward.
+    """
 
     @staticmethod
-    def forward(forward: Any, backward: Any, *xs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tuple(forward([x.clone() for x in xs]))
+    def forward(comm: str, name: str, args: tuple, transposed: bool, *xs: Tensor) -> Any:  # type: ignore[override]
+        pair = _PAIRS[_BY_NAME[name]](_COMMS[comm], *args)
+        return tuple(pair[transposed](list(xs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.pair = inputs[1], inputs[0]
+        ctx.call = inputs[:4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        forward, backward = ctx.pair
+        comm, name, args, transposed = ctx.call
         # Applied, not called, so that second derivatives pass through collectives too.
-        return None, None, *_Conjugate.apply(forward, backward, *grads)
+        return None, None, None, None, *Collective.apply(comm, name, args, not transposed, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return Collective.apply(*ctx.call, *tangents[4:])  # all of them are linear
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, comm: str, name: str, args: Any, back: bool, *xs: Tensor):
+        if name in _OF_DIM:
+            args = (args[0] + 1, *args[1:])
+        dims = in_dims[4:]
+        firsts = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(xs, dims, strict=True)
+        ]
+        return Collective.apply(comm, name, args, back, *firsts), (0,) * len(xs)
+
+
+# `apply` asks for the signature of forward at every call. And torch.compile records each call
+# whole: AOTAutograd follows the rules above.
+Collective.forward.__signature__ = inspect.signature(Collective.forward)  # type: ignore[attr-defined]
+torch.compiler.allow_in_graph(Collective)
+
+_COMMS: WeakValueDictionary[str, Comm] = WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 class Comm:
@@ -49,6 +80,8 @@ class Comm:
     def __init__(self, size: int, ranks: list[int]) -> None:
         self.size = size
         self.ranks = ranks
+        self.name = f"comm{next(_NUMBERS)}"
+        _COMMS[self.name] = self
 
     def total(self, xs: Values) -> Values:
         """The sum over all ranks, for each rank here."""
@@ -58,10 +91,14 @@ class Comm:
         """The values of all ranks in order, for each rank here."""
         raise NotImplementedError
 
+    def scattered(self, xs: Values, dim: int) -> Values:
+        """The own one of equal blocks along a dim of the sum over all ranks, for each rank here."""
+        totals = zip(self.total(xs), self.ranks, strict=True)
+        return [x.chunk(self.size, dim)[rank] for x, rank in totals]
+
     def run(self, target: Any, xs: Values, args: tuple) -> Values:
         """Carry out a collective node; args are its own without value and axis."""
-        forward, backward = _PAIRS[target](self, *args)
-        return list(_Conjugate.apply(forward, backward, *xs))  # type: ignore[arg-type]
+        return list(Collective.apply(self.name, target.__name__, args, False, *xs))  # type: ignore[arg-type]
 
     def replicas(self, units: int) -> int:
         """On how many ranks each of `units` blocks lies."""
@@ -74,7 +111,7 @@ class Comm:
         return x.narrow(dim, rank // self.replicas(units) * width, width)
 
     def blocks(self, xs: Values, dim: int, units: int) -> Values:
-        return [self.block(x, r, dim, units) for x, r in zip(xs, self.ranks, strict=True)]
+        return [_own(self.block(x, r, dim, units)) for x, r in zip(xs, self.ranks, strict=True)]
 
     def whole(self, xs: Values, dim: int, units: int) -> Values:
         """The whole value from everyone's blocks, each counted once."""
@@ -85,7 +122,7 @@ class Comm:
         """The sum over the ranks that hold the same block."""
         step = self.replicas(units)
         if step == 1:
-            return xs
+            return _same(xs)
         starts = [rank // step * step for rank in self.ranks]
         return [
             torch.stack(values[start : start + step]).sum(0)
@@ -96,8 +133,13 @@ class Comm:
 Pair = tuple[Callable[[Values], Values], Callable[[Values], Values]]
 
 
+def _own(x: Tensor) -> Tensor:
+    """The same memory, not marked as a view: autograd refuses views that a Function makes."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
+
+
 def _same(xs: Values) -> Values:
-    return xs
+    return list(map(_own, xs))
 
 
 def _all_reduce(comm: Comm) -> Pair:
@@ -127,13 +169,26 @@ def _replica_sum(comm: Comm, units: int) -> Pair:
     return _same, lambda grads: comm.group_sum(grads, units)
 
 
+def _reduce_scatter(comm: Comm, dim: int) -> Pair:
+    return lambda xs: comm.scattered(xs, dim), lambda grads: comm.whole(grads, dim, comm.size)
+
+
+def _gather_vary(comm: Comm, dim: int) -> Pair:
+    forward, backward = _reduce_scatter(comm, dim)
+    return backward, forward
+
+
 _PAIRS: dict[Any, Callable[..., Pair]] = {
     collectives.all_reduce: _all_reduce,
     collectives.vary: _vary,
     collectives.all_gather: _all_gather,
     collectives.take_block: _take_block,
     collectives.replica_sum: _replica_sum,
+    collectives.reduce_scatter: _reduce_scatter,
+    collectives.gather_vary: _gather_vary,
 }
+_BY_NAME = {target.__name__: target for target in _PAIRS}
+_OF_DIM = ("all_gather", "take_block", "reduce_scatter", "gather_vary")  # args[0] is a dim
 
 
 class Simulated(Comm):
@@ -150,6 +205,9 @@ class Simulated(Comm):
         return [xs for _ in xs]
 
 
+_c10d = torch.ops._c10d_functional  # what torch.compile knows: a start, and a wait
+
+
 class Processes(Comm):
     """One rank a process, over a process group of torch.distributed."""
 
@@ -157,14 +215,49 @@ class Processes(Comm):
         super().__init__(dist.get_world_size(group), [dist.get_rank(group)])
         self.group = group
 
+    @property
+    def rank(self) -> int:
+        return self.ranks[0]
+
     def total(self, xs: Values) -> Values:
         (x,) = xs
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=self.group)
-        return [x]
+        return [wait(self.start_total(x))]
 
     def everyone(self, xs: Values) -> list[Values]:
         (x,) = xs
-        out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(out, x.contiguous(), group=self.group)
-        return [out]
+        flat = wait(self.start_gather(x.reshape(1, *x.shape)))
+        return [list(flat.unbind(0))]
+
+    def whole(self, xs: Values, dim: int, units: int) -> Values:
+        (x,) = xs
+        if self.replicas(units) > 1:
+            return super().whole(xs, dim, units)
+        if all(n == 1 for n in x.shape[:dim]):  # blocks lie one after the other as they come
+            return [wait(self.start_gather(x.movedim(dim, 0))).movedim(0, dim)]
+        out = wait(self.start_gather(x)).unflatten(0, (self.size, x.shape[0]))
+        return [out.movedim(0, dim).flatten(dim, dim + 1)]
+
+    def scattered(self, xs: Values, dim: int) -> Values:
+        (x,) = xs
+        parts = x.unflatten(dim, (self.size, -1)).movedim(dim, 0)  # (ranks, *shape of one block)
+        return [wait(self.start_scatter(parts.reshape(-1, *parts.shape[2:]))).view(parts.shape[1:])]
+
+    # Collectives that are only started: `wait` for the result before its use.
+
+    def start_total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return _c10d.all_reduce(x.contiguous(), "sum", self.group.group_name)
+
+    def start_gather(self, x: Tensor) -> Tensor:
+        """Every rank's x, one after the other along the first dim."""
+        return _c10d.all_gather_into_tensor(x.contiguous(), self.size, self.group.group_name)
+
+    def start_scatter(self, x: Tensor) -> Tensor:
+        """The own one of equal blocks along the first dim of the sum over the ranks."""
+        name = self.group.group_name
+        return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", self.size, name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """The result of a collective that was started."""
+    return _c10d.wait_tensor(x)
