@@ -28,12 +28,14 @@ def tiny(**changes: Any) -> fm.Model:
     return llama.model(llama.Config.from_hf({**HF, **changes}))
 
 
-def weights_of(model: fm.Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def weights_of(
+    model: fm.Model, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.3
+) -> Any:
     """Weights 1.3 times the usual size; norms and biases are no ones and zeros either."""
 
     def shift(path: str, value: torch.Tensor) -> torch.Tensor:
         if value.dim() > 1 and not path.endswith("_bias"):
-            return 1.3 * value
+            return scale * value
         generator = torch.Generator().manual_seed(hash_of(path))
         return value + 0.3 * torch.randn(value.shape, generator=generator)
 

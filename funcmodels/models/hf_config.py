@@ -6,9 +6,11 @@ fields known to change nothing about it are listed here.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 from funcmodels.errors import ConfigError, listed
 
@@ -50,6 +52,154 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 RopeScaling = tuple[tuple[str, Any], ...]
+
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+         "original_max_position_embeddings")  # fmt: skip
+
+
+def unless_given(value: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """A field that a config.json may leave out: then it is computed from the other fields.
+
+    Args:
+        value: of config.json, whose required fields are there.
+    """
+    return field(metadata={"unless_given": value})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooConfig:
+    """The base of every zoo model's `Config`: reads a config.json, and writes it again.
+
+    A subclass declares its fields under Hugging Face's names. One without a default is required,
+    one with a default or with `unless_given` is not. `rope_theta` and `rope_scaling`, where it has
+    them, are read in both spellings of transformers; lists become tuples, so that it is hashable.
+
+    Attributes:
+        MODEL_TYPE: `model_type` of config.json.
+        ONLY: field -> the values that the model file implements; others are refused.
+        READS: fields that only `unless_given` and `plain` look at.
+        LAYER_TYPES: what a field `layer_types` may hold.
+        hf: the mapping it was read from.
+    """
+
+    MODEL_TYPE: ClassVar[str]
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    READS: ClassVar[tuple[str, ...]] = ()
+    LAYER_TYPES: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
+
+    hf: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_heads(vars(self))
+        _check_layer_types(vars(self), self.LAYER_TYPES)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """The config that a `config.json` describes; the mapping is kept as `hf`.
+
+        Raises:
+            ConfigError: a field this model does not know, a value it does not support, or a size
+                that is missing.
+        """
+        model = f"models.{cls.__module__.rpartition('.')[2]}"
+        own = {f.name: f for f in dataclasses.fields(cls) if f.name != "hf"}
+        only = {"model_type": (cls.MODEL_TYPE,), **cls.ONLY}
+        rope = _ROPE if "rope_theta" in own else ()
+        plain = cls.plain(hf)
+        check_fields(plain, model=model, known={*own, *only, *cls.READS, *rope})
+        check_values(plain, model=model, only=only)
+        required = [n for n, f in own.items() if f.default is dataclasses.MISSING
+                    and not f.metadata and n not in rope]  # fmt: skip
+        check_present(plain, model=model, required=required)
+        values = {n: _value_of(f, plain) for n, f in own.items() if n not in rope}
+        if rope:
+            theta, scaling = rope_of(plain, model=model)
+            values |= {"rope_theta": theta, "rope_scaling": scaling}
+        return cls(**values, hf=hf)
+
+    @classmethod
+    def plain(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`hf` in the spelling of the fields: for a model whose config.json has had several."""
+        return hf
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json: the one it was read from, or, where fields differ, one made from them."""
+        if self.hf is not None and type(self).from_hf(self.hf) == self:
+            return {"model_type": self.MODEL_TYPE, **self.hf}
+        kept = {key: v for key, v in (self.hf or {}).items() if key in INERT}
+        fixed = {key: v[0] for key, v in self.ONLY.items() if v[0] is not None}
+        return {**kept, "model_type": self.MODEL_TYPE, **fixed, **self.written()}
+
+    def written(self) -> dict[str, Any]:
+        """The fields as config.json spells them."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hf"}
+        if "rope_theta" in own:
+            own |= rope_to_hf(own.pop("rope_theta"), own.pop("rope_scaling"))
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in own.items()}
+
+
+def _value_of(own: dataclasses.Field[Any], hf: Mapping[str, Any]) -> Any:
+    """What config.json says of a field, or what it is without."""
+    if hf.get(own.name) is not None:
+        return _hashable(hf[own.name])
+    return own.metadata["unless_given"](hf) if own.metadata else own.default
+
+
+def _check_heads(cfg: Mapping[str, Any]) -> None:
+    """Query heads divide over the key-value heads, and heads into pairs that rope turns.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    heads, kv_heads = cfg.get("num_attention_heads"), cfg.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise ConfigError(
+            "query heads cannot be grouped over the key-value heads",
+            got=f"num_attention_heads={heads}, num_key_value_heads={kv_heads}",
+            need="num_key_value_heads divides num_attention_heads",
+            fix=f"num_key_value_heads={heads}",
+        )
+    if "rope_theta" in cfg and cfg.get("head_dim", 0) % 2:
+        raise ConfigError(
+            "rotary embeddings turn pairs of dims",
+            got=f"head_dim={cfg['head_dim']}",
+            need="an even head_dim",
+            fix=f"head_dim={cfg['head_dim'] + 1}",
+        )
+
+
+def _check_layer_types(cfg: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    """One known type for each layer, and a window where one needs it.
+
+    Raises:
+        ConfigError: another number of types, an unknown one, or a window that is missing.
+    """
+    if (types := cfg.get("layer_types")) is None:
+        return
+    layers = cfg["num_hidden_layers"]
+    if len(types) != layers:
+        raise ConfigError(
+            "layer_types names another number of layers than there are",
+            got=f"{len(types)} layer_types, num_hidden_layers={layers}",
+            need="one type for each layer",
+            fix=f"layer_types[:{layers}]"
+            if len(types) > layers
+            else f"add {layers - len(types)} more",
+        )
+    if unknown := sorted({*types} - {*allowed}):
+        raise ConfigError(
+            "layer_types names a type of layer that this model has not",
+            got=listed(unknown),
+            need=" or ".join(allowed),
+            fix="write a model file that handles it",
+        )
+    if "sliding_attention" in types and not cfg.get("sliding_window"):
+        raise ConfigError(
+            "a layer attends within a window of no size",
+            got=f"sliding_attention in layer_types, sliding_window={cfg.get('sliding_window')}",
+            need="sliding_window=, in tokens",
+            fix='"sliding_window": 4096 in config.json, or full_attention in layer_types',
+        )
 
 
 def check_fields(hf: Mapping[str, Any], *, model: str, known: Iterable[str]) -> None:

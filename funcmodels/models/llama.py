@@ -14,42 +14,38 @@ Not supported: quantised checkpoints, attention dropout, partial rotary embeddin
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
-from funcmodels.errors import ConfigError
 from funcmodels.models import hf_config
-from funcmodels.models.hf_config import RopeScaling
-
-# Fields of config.json that must have one of these values.
-ONLY = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "pretraining_tp": (1,),
-    "attention_dropout": (0, 0.0),
-    "rope_interleaved": (False,),
-    "is_encoder_decoder": (False,),
-}
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+from funcmodels.models.hf_config import RopeScaling, unless_given
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(hf_config.ZooConfig):
     """Sizes and features, in Hugging Face's spelling; `rope_scaling` as sorted pairs, hashable."""
+
+    MODEL_TYPE = "llama"
+    ONLY: ClassVar = {  # fields of config.json that must have one of these values
+        "hidden_act": ("silu",),
+        "pretraining_tp": (1,),
+        "attention_dropout": (0, 0.0),
+        "rope_interleaved": (False,),
+        "is_encoder_decoder": (False,),
+    }
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_key_value_heads: int = unless_given(lambda hf: hf["num_attention_heads"])
+    head_dim: int = unless_given(lambda hf: hf["hidden_size"] // hf["num_attention_heads"])
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
@@ -57,62 +53,6 @@ class Config:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    hf: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                "query heads cannot be grouped over the key-value heads",
-                got=f"num_attention_heads={self.num_attention_heads}, "
-                f"num_key_value_heads={self.num_key_value_heads}",
-                need="num_key_value_heads divides num_attention_heads",
-                fix=f"num_key_value_heads={self.num_attention_heads}",
-            )
-        if self.head_dim % 2:
-            raise ConfigError(
-                "rotary embeddings turn pairs of dims",
-                got=f"head_dim={self.head_dim}",
-                need="an even head_dim",
-                fix=f"head_dim={self.head_dim + 1}",
-            )
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> Config:
-        """The config that a `config.json` describes; the mapping is kept as `hf`.
-
-        Raises:
-            ConfigError: a field this file does not know, a value it does not support, or a size
-                that is missing.
-        """
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "max_position_embeddings", "rms_norm_eps")  # fmt: skip
-        known = {f.name for f in fields(cls)} - {"hf"}
-        known |= {*ONLY, *ROPE, "original_max_position_embeddings"}
-        hf_config.check_fields(hf, model="models.llama", known=known)
-        hf_config.check_values(hf, model="models.llama", only=ONLY)
-        hf_config.check_present(hf, model="models.llama", required=sizes)
-        heads = hf["num_attention_heads"]
-        rope_theta, rope_scaling = hf_config.rope_of(hf, model="models.llama")
-        return cls(
-            **{name: hf[name] for name in sizes},
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            attention_bias=bool(hf.get("attention_bias")),
-            mlp_bias=bool(hf.get("mlp_bias")),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings")),
-            hf=hf,
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """config.json: the one it was read from, or, where fields differ, one made from them."""
-        if self.hf is not None and Config.from_hf(self.hf) == self:
-            return {"model_type": "llama", **self.hf}
-        kept = {key: v for key, v in (self.hf or {}).items() if key in hf_config.INERT}
-        own = {key: v for key, v in asdict(self).items() if key not in (*ROPE, "hf")}
-        rope = hf_config.rope_to_hf(self.rope_theta, self.rope_scaling)
-        return {**kept, "model_type": "llama", "hidden_act": "silu", **own, **rope}
 
 
 def params(cfg: Config) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from funcmodels.spec import Model
 ZOO = {
     "FmLlamaForCausalLM": "funcmodels.models.llama",
     "LlamaForCausalLM": "funcmodels.models.llama",
+    "FmQwen3ForCausalLM": "funcmodels.models.qwen3",
+    "Qwen3ForCausalLM": "funcmodels.models.qwen3",
 }
 
 

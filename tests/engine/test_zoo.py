@@ -1,0 +1,137 @@
+"""Every model of the zoo on the real engine equals the pure function, and vLLM's own class.
+
+The rows are those of tests/models/rows. What a row runs on one rank, it runs in one forked child,
+when the first of its tests asks for it: variations in small pieces of prompts (chunked prefill),
+vLLM's own class, and a class with a planted fault. On two ranks prompts run whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funcmodels as fm
+from compiler.vllm_target import load_source
+from tests.engine.harness import Served, generate, make_llm, run_in_engine
+from tests.engine.tiny import PROMPTS, Expected, check, distance, expected, register
+from tests.models.zoo import Row, rows
+
+ROWS = rows()
+SERVED = [(name, v) for name, row in ROWS.items() for v in ("", *row.served)]
+OWN = [name for name, row in ROWS.items() if row.vllm]
+PIECES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}  # the longest prompt in three or more
+
+Answers = dict[str, list[Served] | str]  # of each run, or the traceback of its failure
+
+
+class Runs:
+    """What was asked of the engine already, and where the folders of the models are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answers: dict[str, Answers] = {}
+        self.wanted: dict[str, Expected] = {}
+
+    def saved(self, name: str, variation: str = "") -> tuple[fm.Model, Path]:
+        """A variation, in a folder; what the pure function answers is kept in `wanted`."""
+        model, folder = ROWS[name].model(variation), self.folder / f"{name}-{variation}"
+        if not folder.exists():
+            weights = ROWS[name].weights(model)
+            fm.save(model, weights, folder)
+            self.wanted[f"{name}-{variation}"] = expected(model, weights)
+        return model, folder
+
+    def want(self, name: str, variation: str = "") -> Expected:
+        self.saved(name, variation)
+        return self.wanted[f"{name}-{variation}"]
+
+    def alone(self, name: str) -> Answers:
+        """Every run of a row on one rank: by variation, "vllm" and "fault"."""
+        if name not in self.answers:
+            row = ROWS[name]
+            folders = {v: self.saved(name, v) for v in ("", *row.served)}
+            self.answers[name] = run_in_engine(lambda: run_all(row, folders), timeout=200)
+        return self.answers[name]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("zoo"))
+
+
+def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
+    """In the engine's process: one engine after the other."""
+    model, folder = folders[""]
+    todo: dict[str, Callable[[], Any]] = {
+        variation: lambda of=of: (register(of[0]), of[1], None)[1:]
+        for variation, of in folders.items()
+    }
+    if row.vllm:
+        todo["vllm"] = lambda: (folder, own_class(row))
+    todo["fault"] = lambda: (folder, faulty_class(row, model))
+    answers: Answers = {}
+    for run, prepare in todo.items():
+        try:
+            path, cls = prepare()
+            llm = make_llm(path, model_cls=cls, **{**PIECES, **row.settings})
+            answers[run] = generate(llm, PROMPTS, prompt_logprobs=True)
+        except Exception:
+            answers[run] = traceback.format_exc()
+    return answers
+
+
+def own_class(row: Row) -> type:
+    """vLLM's. A class, not its name, which would be inspected in a process of its own."""
+    module, _, name = str(row.vllm).partition(":")
+    return getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+
+
+def faulty_class(row: Row, model: fm.Model) -> type:
+    """The emitted class with the row's fault."""
+    source = fm.compile_to_vllm(model).source
+    edited, count = re.subn(*row.engine_fault, source)
+    assert count, "the fault was not planted"
+    return load_source(edited, model.name)
+
+
+def answered(answers: Answers, run: str) -> list[Served]:
+    found = answers[run]
+    assert not isinstance(found, str), found
+    return found
+
+
+@pytest.mark.parametrize(("name", "variation"), SERVED)
+def test_equals_the_pure_function(name, variation, runs):
+    check(answered(runs.alone(name), variation), runs.want(name, variation))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_on_two_ranks(name, runs):
+    row = ROWS[name]
+    model, folder = runs.saved(name)
+
+    def run() -> list[Served]:
+        register(model)
+        return generate(make_llm(folder, tp=2, **row.settings), PROMPTS, prompt_logprobs=True)
+
+    check(run_in_engine(run), runs.want(name))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_equals_vllms_own_class(name, runs):
+    answers = runs.alone(name)
+    theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in answered(answers, "vllm")]
+    check(answered(answers, ""), theirs, ROWS[name].tolerance)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_planted_fault_is_seen(name, runs):
+    """A small fault in the emitted source is far outside the tolerance."""
+    assert distance(answered(runs.alone(name), "fault"), runs.want(name)) > 1e-3

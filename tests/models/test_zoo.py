@@ -1,0 +1,229 @@
+"""Every model of the zoo against `transformers`, and what its config reads and refuses."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+
+import funcmodels as fm
+from funcmodels.errors import ConfigError
+from funcmodels.models.registry import ZOO
+from tests.models.zoo import Row, rows
+from tests.tiny_llama import state_dict
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+ROWS = rows()
+SIZES = [(name, size) for name, row in ROWS.items() for size in row.published]
+VARIATIONS = [(name, v) for name, row in ROWS.items() for v in ("", *row.variations)]
+FAULTS = [(name, fault) for name, row in ROWS.items() for fault in row.faults]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+EVERY_ROW = pytest.mark.parametrize("name", ROWS)
+
+LENGTH = 40  # above every window of the rows
+
+
+def tokens_of(row: Row) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, row.hf["vocab_size"], (2, LENGTH), generator=generator)
+
+
+def peer_of(row: Row, folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder; its rotary tables stay in float32, whatever the dtype."""
+    kind = getattr(transformers, row.architecture)
+    return kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def ours(row: Row, model: fm.Model, weights: Any, tokens: torch.Tensor):
+    """Logits, the stream after each layer, and gradients of the mean loss by torch.func."""
+    positions = torch.arange(LENGTH).expand(tokens.shape)
+
+    def loss(weights: Any):
+        logits = model.forward(weights, tokens, positions)
+        return loss_of(logits, tokens), logits
+
+    grads, logits = torch.func.grad(loss, has_aux=True)(weights)
+    states: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if row.layer:
+            layer = getattr(row.zoo, row.layer)
+            patch.setattr(row.zoo, row.layer, lambda *a, **kw: kept(states, layer(*a, **kw)))
+        model.forward(weights, tokens, positions)
+    return logits, states, state_dict(model, grads)
+
+
+def kept(states: list[torch.Tensor], result: Any) -> Any:
+    """A layer's result, whose first tensor is the stream, remembered."""
+    states.append(result[0] if isinstance(result, tuple) else result)
+    return result
+
+
+def theirs(module: Any, tokens: torch.Tensor, folder: Path):
+    """The same of transformers; gradients under the checkpoint's names, as it writes weights."""
+    out = module(tokens, output_hidden_states=True, use_cache=False)
+    loss_of(out.logits, tokens).backward()
+    for parameter in module.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    module.save_pretrained(folder)
+    return out.logits.detach(), [h.detach() for h in out.hidden_states[1:-1]], load_file(
+        folder / "model.safetensors"
+    )  # fmt: skip
+
+
+def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **fault: Any) -> None:
+    """float32: equal to rounding. bfloat16: no further from float32 than transformers is.
+
+    `fault`: fields changed on our side alone, once the weights are drawn.
+    """
+    model = row.model(variation)
+    weights = row.weights(model, dtype)
+    fm.save(model, weights, folder / "weights")
+    tokens = tokens_of(row)
+    peer = peer_of(row, folder / "weights", dtype)
+    peer_logits, peer_states, peer_grads = theirs(peer, tokens, folder / "grads")
+    model = row.model(variation, **fault)
+    logits, states, grads = ours(row, model, weights, tokens)
+    assert logits.dtype == dtype
+    assert peer_logits.std() > 0.5, "logits that hardly differ compare nothing"
+    assert grads.keys() == peer_grads.keys()
+    assert not row.layer or len(states) == len(peer_states) + 1
+    pairs = [(logits, peer_logits), *zip(states, peer_states, strict=False)]
+    if dtype == torch.float32:
+        for mine, peers in pairs:
+            torch.testing.assert_close(mine, peers, rtol=1e-4, atol=3e-5)
+        for key, grad in grads.items():
+            torch.testing.assert_close(grad, peer_grads[key], rtol=1e-3, atol=4e-6, msg=key)
+        return
+    exact = fm.tree.map(torch.Tensor.float, weights)
+    exact_logits, exact_states, exact_grads = ours(row, model, exact, tokens)
+    for (mine, peers), right in zip(pairs, [exact_logits, *exact_states], strict=False):
+        assert error(mine, right) < 1.3 * error(peers, right) < 0.08
+    # One tensor's ratio is noise, most for the small biases; the mean over the tensors is not.
+    ratios = {k: error(g, exact_grads[k]) / error(peer_grads[k], exact_grads[k])
+              for k, g in grads.items() if exact_grads[k].norm() > 0}  # fmt: skip
+    assert statistics.geometric_mean(ratios.values()) < 1.3
+    assert max(ratios.values()) < 5, ratios
+
+
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm."""
+    return float((value.float() - exact).norm() / exact.norm())
+
+
+@DTYPES
+@pytest.mark.parametrize(("name", "variation"), VARIATIONS)
+def test_equals_transformers(name, variation, dtype, tmp_path):
+    """Logits, hidden states and gradients."""
+    compare(ROWS[name], tmp_path, dtype, variation)
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS)
+def test_a_planted_fault_is_seen(name, fault, tmp_path):
+    """The comparison itself: a field of the config that means something else on our side."""
+    row = ROWS[name]
+    with pytest.raises(AssertionError):
+        compare(row, tmp_path, torch.float32, **row.faults[fault])
+
+
+@EVERY_ROW
+def test_tensors_are_written_back_bit_identical(name, tmp_path):
+    """What transformers wrote, found by its architecture, loaded and saved again."""
+    row = ROWS[name]
+    kind = getattr(transformers, row.architecture)
+    fields = {key: v for key, v in row.fields().items() if key != "model_type"}
+    peer = kind._from_config(kind.config_class(**fields), dtype=torch.bfloat16)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = fm.load_model(tmp_path / "theirs")
+    assert type(model.config) is row.zoo.Config
+    fm.save(model, fm.load(model, tmp_path / "theirs"), tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert value.dtype == theirs[key].dtype == torch.bfloat16
+        assert torch.equal(value.view(torch.int16), theirs[key].view(torch.int16)), key
+    again = fm.load_model(tmp_path / "ours")
+    assert again.config == model.config
+    assert kind.from_pretrained(tmp_path / "ours").config.to_dict().keys() >= row.hf.keys() - {
+        "rope_theta", "rope_scaling"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_published_configs(name, size):
+    """Read and written back as they are; as many parameters as published."""
+    row = ROWS[name]
+    published = row.published[size]
+    cfg = row.zoo.Config.from_hf(published.config)
+    assert cfg.to_hf() == published.config
+    assert row.zoo.model(cfg).num_parameters == published.parameters
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_published_configs_as_transformers_tells_them(name, size):
+    """vLLM hands a model what transformers made of config.json, which adds fields of its own."""
+    row = ROWS[name]
+    fields = dict(row.published[size].config)
+    kind = getattr(transformers, row.architecture).config_class
+    told = kind(**{key: v for key, v in fields.items() if key != "model_type"}).to_dict()
+    assert row.zoo.Config.from_hf(told) == row.zoo.Config.from_hf(fields)
+
+
+@pytest.mark.parametrize(("name", "variation"), VARIATIONS)
+def test_a_config_made_from_fields_is_the_same(name, variation):
+    """to_hf is the inverse of from_hf, and transformers reads what it writes alike."""
+    row = ROWS[name]
+    cfg = row.zoo.Config.from_hf(row.fields(variation))
+    values = {key: value for key, value in vars(cfg).items() if key != "hf"}
+    written = row.zoo.Config(**values).to_hf()
+    assert row.zoo.Config.from_hf(written) == cfg
+    kind = getattr(transformers, row.architecture).config_class
+    told = kind(**{key: v for key, v in written.items() if key != "model_type"}).to_dict()
+    assert row.zoo.Config.from_hf(told) == cfg
+
+
+@EVERY_ROW
+def test_an_unknown_field_is_refused(name):
+    row = ROWS[name]
+    with pytest.raises(ConfigError, match=r"does not know 1 of the .*\n +got: +hidden_twist=2"):
+        row.zoo.Config.from_hf({**row.hf, "hidden_twist": 2})
+
+
+@EVERY_ROW
+def test_a_missing_size_is_refused(name):
+    row = ROWS[name]
+    with pytest.raises(ConfigError, match=r"need: +num_hidden_layers"):
+        row.zoo.Config.from_hf(row.fields(num_hidden_layers=None))
+
+
+@EVERY_ROW
+def test_both_names_are_in_the_registry(name):
+    row = ROWS[name]
+    model = row.model()
+    for architecture in (model.name, *model.hf_architectures, row.architecture):
+        assert ZOO[architecture] == f"funcmodels.models.{row.module}"
+
+
+@EVERY_ROW
+def test_packed_sequences_equal_separate_ones(name):
+    """`segment_ids` reach every layer, and tokens need no batch."""
+    row = ROWS[name]
+    model = row.model()
+    weights = row.weights(model)
+    a, b = tokens_of(row)
+    packed = torch.cat((a, b[:9]))
+    positions = torch.cat((torch.arange(LENGTH), torch.arange(9)))
+    segment_ids = torch.tensor([0] * LENGTH + [1] * 9)
+    out = model.forward(weights, packed, positions, segment_ids)
+    alone = model.forward(weights, b[:9], torch.arange(9))
+    torch.testing.assert_close(out[LENGTH:], alone, rtol=1e-4, atol=2e-5)
