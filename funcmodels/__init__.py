@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from funcmodels import errors, ops, tree
+from funcmodels import errors, ops, optim, tree
 from funcmodels.block import block
 from funcmodels.checkpoint import load, save
 from funcmodels.generate import generate, logprobs
@@ -96,6 +96,7 @@ __all__ = [
     "logprobs",
     "normal",
     "ops",
+    "optim",
     "pad_heads",
     "push_weights",
     "register",

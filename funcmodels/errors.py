@@ -65,6 +65,10 @@ class CheckpointError(FuncModelsError):
     """The tensors of a checkpoint are not the parameters of the model."""
 
 
+class TrainingError(FuncModelsError):
+    """Training is set up in a way that cannot work, or cannot go on."""
+
+
 class TraceError(FuncModelsError):
     """A forward function does something that cannot be recorded as a pure graph."""
 

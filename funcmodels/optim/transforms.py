@@ -1,0 +1,68 @@
+"""What is done with gradients before an optimiser gets them: functions of a tree, chained."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from funcmodels import tree
+from funcmodels.optim.optimizer import Optimizer, is_transformed
+
+
+class Transform(Protocol):
+    """Gradients -> gradients; with `donate` those given may be overwritten."""
+
+    def __call__(self, grads: Any, *, donate: bool = False) -> Any: ...
+
+
+def chain(*parts: Any) -> Optimizer:
+    """Transforms of the gradients in their order, and then an optimiser, which is the last.
+
+    fm.optim.chain(fm.optim.clip_by_global_norm(1.0), fm.optim.adamw(3e-4))
+    """
+    *transforms, optimizer = parts
+
+    def update(grads: Any, state: Any, weights: Any, *, donate: bool = False) -> tuple[Any, Any]:
+        for transform in transforms:
+            grads = transform(grads, donate=donate)
+        return optimizer.update(grads, state, weights, donate=donate)
+
+    return Optimizer(optimizer.init, update)
+
+
+def clip_by_global_norm(max_norm: float) -> Transform:
+    """Gradients whose norm, taken over all of them together, is at most `max_norm`.
+
+    As `torch.nn.utils.clip_grad_norm_`, which see for the 1e-6.
+    """
+
+    def clip(grads: Any, *, donate: bool = False) -> Any:
+        return scale_to_norm(grads, global_norm(grads), max_norm, donate=donate)
+
+    return clip
+
+
+def global_norm(grads: Any) -> Tensor:
+    """The 2-norm over all leaves together, () float32 or wider."""
+    leaves = [leaf.detach() if not is_transformed(leaf) else leaf for leaf in tree.leaves(grads)]
+    if not leaves:
+        return torch.zeros(())
+    # Each in float32 at least: the norm of a million bfloat16 numbers is not one of them.
+    norms = [
+        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in leaves
+    ]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def scale_to_norm(grads: Any, norm: Tensor, max_norm: float, *, donate: bool = False) -> Any:
+    """Gradients of norm `norm`, scaled down to `max_norm` where that is less."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def scale(grad: Tensor) -> Tensor:
+        by = factor.to(grad.device, grad.dtype)
+        return grad.mul_(by) if donate else grad * by
+
+    return tree.map(scale, grads)
