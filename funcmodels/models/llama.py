@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from einops import einsum
 from torch import Tensor
@@ -31,7 +31,7 @@ class Config(hf_config.ZooConfig):
     """Sizes and features, in Hugging Face's spelling; `rope_scaling` as sorted pairs, hashable."""
 
     MODEL_TYPE = "llama"
-    ONLY: ClassVar = {  # fields of config.json that must have one of these values
+    ONLY = {  # fields of config.json that must have one of these values
         "hidden_act": ("silu",),
         "pretraining_tp": (1,),
         "attention_dropout": (0, 0.0),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from einops import einsum
 from torch import Tensor
@@ -40,7 +40,7 @@ class Config(hf_config.ZooConfig):
     """Sizes and features, in Hugging Face's spelling."""
 
     MODEL_TYPE = "qwen3"
-    ONLY: ClassVar = {"hidden_act": ("silu",), "attention_dropout": (0, 0.0)}
+    ONLY = {"hidden_act": ("silu",), "attention_dropout": (0, 0.0)}
     READS = ("max_window_layers",)
 
     vocab_size: int
