@@ -62,22 +62,61 @@ def experts(
     biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
     _check_shapes(x, weights, ids, gate, up, down, biases)
     _check_activation(activation, alpha, limit)
-    k, batch = ids.shape[-1], x.shape[:-1]
-    ids = ids.reshape(-1).long()
+    return mixture(
+        x,
+        weights,
+        ids,
+        gate,
+        up,
+        down,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+    )
+
+
+def mixture(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Activation,
+    alpha: float | None = None,
+    limit: float | None = None,
+    first: int | None = None,
+) -> Tensor:
+    """`experts` without its checks; or, of all experts, what those from `first` on contribute."""
+    k, batch, count = ids.shape[-1], x.shape[:-1], gate.shape[0]
+    ids, weights = ids.reshape(-1).long(), weights.reshape(-1, k)
+    if first is not None:
+        ids = ids - first
+        here = (ids >= 0) & (ids < count)
+        weights = torch.where(here.reshape(-1, k), weights, 0)
     order = ids.argsort(stable=True)  # pairs of a token and an expert, by expert
     at = ids.index_select(0, order)
-    expert = torch.arange(gate.shape[0], device=ids.device)
-    ends = torch.searchsorted(at, torch.stack([expert, expert + 1], -1))  # (experts, 2)
+    expert = torch.arange(count, device=ids.device)
+    bounds = torch.searchsorted(at, torch.stack([expert, expert + 1], -1))  # (experts, 2)
+    if first is not None:
+        at = at.clamp(0, count - 1)
     rows = x.reshape(-1, x.shape[-1]).index_select(0, order // k)
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = grouped_linear(rows, weight, ends)
+        y = grouped_linear(rows, weight, bounds)
         return y if bias is None else y + bias.index_select(0, at)
 
     h = _act(linear(rows, gate, gate_bias), linear(rows, up, up_bias), activation, alpha, limit)
     y = linear(h, down, down_bias).index_select(0, order.argsort())
     y = y.unflatten(0, (-1, k))  # (tokens, k, hidden), as ids were
-    y = (y * weights.reshape(-1, k)[..., None]).sum(-2)
+    y = (y * weights[..., None]).sum(-2)
     return y.to(x.dtype).reshape(*batch, x.shape[-1])
 
 

@@ -115,6 +115,14 @@ def integer(x: Tensor) -> Tensor:
     return (x * 4).to(torch.int64) % 7
 
 
+def mixed(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, **settings: Any) -> Tensor:
+    """Experts, two of 0, 3, 6 and 9 for each token."""
+    weights, ids = torch.topk(torch.sin(x), 2, dim=-1)
+    return ops.experts(x, weights, 3 * ids, gate, up, down, **{"activation": "silu", **settings})
+
+
+OAI = {"activation": "swigluoai", "alpha": 1.7, "limit": 0.5}
+
 ROWS = [
     row("unary", all_of(UNARY, lambda f, x: f(x)), "a/tp b"),
     row("unary of positives", all_of(POSITIVE, lambda f, x: f(x.abs() + 0.5)), "a/tp b"),
@@ -315,6 +323,16 @@ ROWS = [
     row("embed rows", lambda t, s, w: ops.embed(t, w), "e/tp b", tokens=True),
     row("embed columns", lambda t, s, w: ops.embed(t, w), "e a/tp", tokens=True),
     row("embed cut tokens", lambda x, w: ops.embed(integer(x), w), "a/tp b", "e b"),
+    row("experts", mixed, "c b", "a e/tp b", "a e/tp b", "a b e/tp"),
+    row("experts with biases", lambda x, g, u, d, gb, ub, db: mixed(
+        x, g, u, d, gate_bias=gb, up_bias=ub, down_bias=db, **OAI),
+        "c b", "a e/tp b", "a e/tp b", "a b e/tp", "a e/tp", "a e", "a b"),
+    row("experts of ranks", lambda x, g, u, d, gb, db: mixed(
+        x, g, u, d, gate_bias=gb, down_bias=db, activation="gelu"),
+        "c b", "a/tp c b", "a/tp c b", "a b c", "a c", "a/tp b"),
+    row("experts of cut tokens", mixed, "e/tp b", "a c b", "a c b", "a b c"),
+    row("experts of cut features", mixed, "c b/tp", "a c b", "a c b", "a b c", gathers=True,
+        parts=(1, 2, 4)),
     row("rope", lambda t, s, q, k: ops.rope(t[:, None, None] * q, t[:, None, None] * k, s, theta=1e4),
         "heads/tp hd", "heads hd", tokens=True),
     row("attention", lambda t, s, q, k, v: ops.attention(
