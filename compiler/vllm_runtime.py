@@ -129,6 +129,8 @@ def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
     """Refuse a folder whose config.json is not the one this file was compiled for."""
     config = vllm_config.model_config.hf_config
     rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" not in compiled_for.get("rope_parameters", {}):
+        rope = rope.get("full_attention") or rope  # one for each type of layer, spelled as one
     wrong = []
     for name, want in compiled_for.items():
         got = getattr(config, name, None)

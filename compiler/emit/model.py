@@ -32,7 +32,8 @@ from funcmodels.spec import POOLING_TASKS, Model
 _STRUCTURE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "hidden_act", "rope_theta",
-    "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "layer_types",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
 
