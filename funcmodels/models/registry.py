@@ -14,6 +14,8 @@ from funcmodels.spec import Model
 ZOO = {
     "FmLlamaForCausalLM": "funcmodels.models.llama",
     "LlamaForCausalLM": "funcmodels.models.llama",
+    "FmGemma3ForCausalLM": "funcmodels.models.gemma3",
+    "Gemma3ForCausalLM": "funcmodels.models.gemma3",
     "FmQwen3ForCausalLM": "funcmodels.models.qwen3",
     "Qwen3ForCausalLM": "funcmodels.models.qwen3",
 }

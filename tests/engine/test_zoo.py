@@ -8,7 +8,9 @@ vLLM's own class, and a class with a planted fault. On two ranks prompts run who
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +137,20 @@ def test_equals_vllms_own_class(name, runs):
 def test_a_planted_fault_is_seen(name, runs):
     """A small fault in the emitted source is far outside the tolerance."""
     assert distance(answered(runs.alone(name), "fault"), runs.want(name)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "other", [{"sliding_window": 25}, {"rope_theta": 9e5}], ids=["window", "base"]
+)
+def test_a_folder_of_another_config_is_refused(other, runs, tmp_path):
+    """A window, and a base of rope where each type of layer has its own, are part of the model."""
+    shutil.copytree(runs.saved("gemma3")[1], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | other))
+
+    def run() -> None:
+        register(ROWS["gemma3"].model())
+        make_llm(tmp_path)
+
+    with pytest.raises(ValueError, match=rf"another config.json\n.*{next(iter(other))}"):
+        run_in_engine(run)
