@@ -18,6 +18,7 @@ from compiler.trace import trace
 from funcmodels import tree
 from funcmodels.config_json import config_of
 from funcmodels.errors import ShardingError
+from funcmodels.parts import without_parts
 from funcmodels.spec import Model, Param
 
 
@@ -83,7 +84,11 @@ def pad_heads(
 
     def pad(param: Param) -> Param:
         shape = tuple(now.get(a, n) for a, n in zip(param.axes, param.shape, strict=True))
-        return param if shape == param.shape else replace(param, shape=shape)
+        # The rows of a tensor that several parameters share count heads: each has its own then.
+        is_part = any(name in sizes for name in param.axes) and without_parts(param.hf or "") != (
+            param.hf or ""
+        )
+        return replace(param, shape=shape, hf=None if is_part else param.hf)
 
     config = config_of(model)
     config |= {"num_attention_heads": now[heads], "num_key_value_heads": new_kv}

@@ -28,6 +28,7 @@ from funcmodels import tree
 from funcmodels.checkpoint import write_tensors
 from funcmodels.checkpoint_check import check_weights
 from funcmodels.errors import FuncModelsError
+from funcmodels.parts import stored_tensors_of
 from funcmodels.spec import Model
 
 # Bytes of one file on its way: about as much is in memory beside the files.
@@ -223,8 +224,7 @@ def _is_in_process(llm: LLM) -> bool:
 
 def _tensors(model: Model, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors, in the tree's order: a layer is loaded as soon as it is whole."""
-    for path, map_ in model.tensor_maps.items():
-        yield from zip(map_.names, map_.from_param(values[path].detach()), strict=True)
+    return stored_tensors_of(model.tensor_maps, values)
 
 
 @contextlib.contextmanager

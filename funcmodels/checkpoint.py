@@ -25,6 +25,7 @@ from funcmodels.checkpoint_check import check_tensors, check_weights
 from funcmodels.checkpoint_files import DTYPES, INDEX, SINGLE, stored_tensors
 from funcmodels.config_json import config_json
 from funcmodels.errors import CheckpointError
+from funcmodels.parts import stored_tensors_of
 from funcmodels.spec import Model, Param
 
 # Files of a folder that belong to the text side of a model, and go with its weights.
@@ -155,18 +156,21 @@ def write_tensors(
 
 def _shards(
     model: Model, values: Mapping[str, Tensor], max_shard_size: int
-) -> dict[str, dict[str, str]]:
-    """File name -> the tensors in it, each with its parameter's path; in the tree's order."""
-    shards: list[dict[str, str]] = [{}]
-    used = 0
+) -> dict[str, list[str]]:
+    """File name -> the tensors in it, in the tree's order."""
+    sizes: dict[str, int] = {}
     for path, map_ in model.tensor_maps.items():
         size = values[path].numel() * values[path].element_size() // len(map_.names)
         for name in map_.names:
-            if shards[-1] and used + size > max_shard_size:
-                shards.append({})
-                used = 0
-            shards[-1][name] = path
-            used += size
+            sizes[name] = sizes.get(name, 0) + size
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     of = len(shards)
@@ -174,18 +178,15 @@ def _shards(
 
 
 def _tensors(
-    model: Model, values: Mapping[str, Tensor], names: Mapping[str, str]
+    model: Model, values: Mapping[str, Tensor], names: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one shard, contiguous and on the CPU; a copy only where one is needed."""
     seen: set[int] = set()
-    for path in dict.fromkeys(names.values()):
-        map_ = model.tensor_maps[path]
-        for name, tensor in zip(map_.names, map_.from_param(values[path].detach()), strict=True):
-            if name in names:
-                tensor = tensor.cpu().contiguous()
-                # One tensor given for two parameters: safetensors stores no aliases.
-                yield name, tensor.clone() if tensor.data_ptr() in seen else tensor
-                seen.add(tensor.data_ptr())
+    for name, tensor in stored_tensors_of(model.tensor_maps, values, set(names)):
+        tensor = tensor.cpu().contiguous()
+        # One tensor given for two parameters: safetensors stores no aliases.
+        yield name, tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
 
 
 def _bytes(model: Model, values: Mapping[str, Tensor]) -> int:

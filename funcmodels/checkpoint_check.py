@@ -120,7 +120,8 @@ def _kind(name: str) -> str:
 
 
 def _shape(map_: TensorMap, name: str, tensor: Stored) -> str:
-    return f'"{name}" is {tensor.shape}, need {map_.tensor_shape()} = {map_.layout or "a scalar"}'
+    layout = map_.written or "a scalar"
+    return f'"{name}" is {tensor.shape}, need {map_.tensor_shape()} = {layout}'
 
 
 def _fix(

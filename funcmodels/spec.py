@@ -16,6 +16,7 @@ from funcmodels import sharding as sharding_
 from funcmodels import tree
 from funcmodels.errors import DeclarationError, listed
 from funcmodels.init import Initializer, check_init
+from funcmodels.parts import check_shared
 from funcmodels.sharding import AxisTable, PartitionSpec
 from funcmodels.source import SourceLine, users_line
 from funcmodels.weightmap import TensorMap, tensor_map
@@ -259,12 +260,15 @@ def _check_forward(forward: Callable[..., Any]) -> None:
 
 
 def _check_names(maps: dict[str, TensorMap], params: dict[str, Param]) -> None:
-    """No two parameters may claim one tensor of the checkpoint."""
+    """No two parameters may claim one tensor of the checkpoint, but as parts of it."""
     owner: dict[str, str] = {}
+    shared: dict[str, dict[str, TensorMap]] = {}
     for path, map_ in maps.items():
         for name in map_.names:
+            if map_.part is not None:
+                shared.setdefault(name, {})[path] = map_
             other = owner.setdefault(name, path)
-            if other != path:
+            if other != path and (map_.part is None or maps[other].part is None):
                 raise DeclarationError(
                     f'two parameters are stored in one tensor "{name}"',
                     got=f"{other} and {path}",
@@ -273,3 +277,5 @@ def _check_names(maps: dict[str, TensorMap], params: dict[str, Param]) -> None:
                     fix="add {layers} (the enclosing list's key) to the name, or, for tied "
                     "weights, declare one parameter and use it twice",
                 )
+    for name, sharing in shared.items():
+        check_shared(name, sharing, params[next(iter(sharing))].where)

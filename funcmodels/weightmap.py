@@ -5,7 +5,10 @@
     model.layers.{layers}.self_attn.q_proj.weight: (heads head_dim) hidden
 
 Braces are an index: of the enclosing list with that key, or over an axis of the parameter, which
-is then spread over several tensors (`experts.{experts}.w1.weight`).
+is then spread over several tensors (`experts.{experts}.w1.weight`). Several parameters share a
+tensor as parts of one dim, see `funcmodels.parts`:
+
+    model.layers.{layers}.self_attn.qkv_proj.weight: (heads[0:32/48] head_dim) hidden
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from funcmodels.errors import DeclarationError, listed
+from funcmodels.parts import Part, part_of, without_parts
 
 _BRACE = re.compile(r"\{(\w+)\}")
 
@@ -34,6 +38,8 @@ class TensorMap:
         spread: those of them that are spread over several tensors.
         layout: einops pattern of one tensor, without the spread axes.
         sizes: axis -> size.
+        part: which rows of the tensor are the parameter's, where it shares it with others; `layout`
+            is then that of its own rows.
     """
 
     names: tuple[str, ...]
@@ -41,20 +47,32 @@ class TensorMap:
     spread: tuple[str, ...]
     layout: str
     sizes: tuple[tuple[str, int], ...]
+    part: Part | None = None
 
     @property
     def is_identity(self) -> bool:
         """Whether the checkpoint's one tensor is the parameter itself."""
-        return not self.spread and self.layout.split() == list(self.axes)
+        return not self.spread and not self.part and self.layout.split() == list(self.axes)
+
+    @property
+    def written(self) -> str:
+        """The layout for messages, with the rows that are the parameter's."""
+        if self.part is None:
+            return self.layout
+        rows = f"rows {self.part.start}:{self.part.stop} of every {self.part.period}"
+        return f"{self.layout}, {rows}" + (f" times {self.part.unit}" if self.part.unit > 1 else "")
 
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape that each tensor has in the checkpoint."""
-        return _layout_shape(self.layout, self.sizes)
+        shape = _layout_shape(self.layout, self.sizes)
+        return shape if self.part is None else self.part.shape(shape)
 
     def to_param(self, tensors: list[Tensor]) -> Tensor:
         """The parameter, from the checkpoint's tensors in the order of `names`."""
         if self.is_identity:
             return tensors[0]
+        if self.part is not None:
+            tensors = [self.part.cut(t) for t in tensors]
         one = " ".join(axis for axis in self.axes if axis not in self.spread)
         sizes = {a: n for a, n in self.sizes if a not in self.spread}
         parts = [rearrange(t, f"{self.layout} -> {one}", **sizes) for t in tensors]
@@ -73,12 +91,16 @@ class TensorMap:
         place = value.permute([self.axes.index(axis) for axis in (*self.spread, *one)])
         at = itertools.product(*(range(n) for n in place.shape[: len(self.spread)]))
         sizes = {a: n for a, n in self.sizes if a in one}
+        tensor = tensor if self.part is None else self.part.cut(tensor)
         part = rearrange(tensor, f"{self.layout} -> {' '.join(one)}", **sizes)
         place[next(itertools.islice(at, index, None))].copy_(part)
 
     def from_param(self, value: Tensor) -> list[Tensor]:
-        """The checkpoint's tensors, in the order of `names`: the inverse of `to_param`."""
-        if self.is_identity:
+        """The checkpoint's tensors, in the order of `names`: the inverse of `to_param`.
+
+        Of a tensor that is shared, its own rows: `stored_tensors_of` puts them together.
+        """
+        if not self.spread and self.layout.split() == list(self.axes):
             return [value]
         spread = " ".join(self.spread)
         flat = rearrange(value, f"{' '.join(self.axes)} -> ({spread}) {self.layout}")
@@ -98,14 +120,16 @@ def tensor_map(
     spread, lists = _braces(template, path, axes, where)
     left = tuple(axis for axis in axes if axis not in spread)
     layout = layout or " ".join(left)
-    _check_layout(layout, left, path, where)
     sizes = dict(zip(axes, shape, strict=True))
+    part = part_of(layout, sizes, path, where)
+    layout = without_parts(layout)
+    _check_layout(layout, left, path, where)
     name = _BRACE.sub(lambda m: lists.get(m[1], m[0]), template)
     names = [name]
     if spread:
         ranges = (range(sizes[axis]) for axis in spread)
         names = [_indexed(name, spread, index) for index in itertools.product(*ranges)]
-    return TensorMap(tuple(names), axes, spread, layout, tuple(sizes.items()))
+    return TensorMap(tuple(names), axes, spread, layout, tuple(sizes.items()), part)
 
 
 def _indexed(name: str, spread: tuple[str, ...], index: tuple[int, ...]) -> str:

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import funcmodels as fm
+from funcmodels.parts import stored_tensors_of
 from funcmodels.weightmap import tensor_map
 
 AXES = ("a", "b", "c", "d")
@@ -85,3 +87,60 @@ def test_torch_linear_layout():
     value = torch.randn(2, 3, 4)
     assert torch.equal(map_.from_param(value)[0], value.reshape(6, 4))
     assert not map_.is_identity
+
+
+def qkv(q: str, k: str) -> fm.Model:
+    """A model of two parameters that share a tensor, with these layouts."""
+    P = fm.axes(heads=6, kv_heads=2, head_dim=3, hidden=4)
+    params = {
+        "q": P("heads head_dim hidden", hf=f"qk.weight: {q}"),
+        "k": P("kv_heads head_dim hidden", hf=f"qk.weight: {k}"),
+    }
+    return fm.Model("Shared", config={}, params=params, forward=lambda p, t, s, ids=None: t)
+
+
+SHARED = {
+    "rows": ("(heads[0:6/8] head_dim) hidden", "(kv_heads[6:8/8] head_dim) hidden"),
+    "turns": ("(heads[1:4/4] head_dim) hidden", "(kv_heads[0:1/4] head_dim) hidden"),
+    "columns": ("hidden (heads[0:6/8] head_dim)", "hidden (kv_heads[6:8/8] head_dim)"),
+}
+
+
+@pytest.mark.parametrize("layout", SHARED)
+def test_parameters_that_share_a_tensor(layout):
+    """Saved as one tensor, in the rows that the layouts say, and loaded bit for bit."""
+    model = qkv(*SHARED[layout])
+    weights = fm.init(model, seed=0)
+    [(name, whole)] = stored_tensors_of(model.tensor_maps, weights)
+    q, k = (weights[n].reshape(-1, 3, 4) for n in "qk")
+    want = torch.cat([q, k])
+    if layout == "turns":
+        want = torch.cat([k[:1], q[:3], k[1:], q[3:]])
+    want = want.reshape(24, 4)
+    assert name == "qk.weight"
+    assert torch.equal(whole, want.T if layout == "columns" else want)
+    for path, map_ in model.tensor_maps.items():
+        assert map_.tensor_shape() == whole.shape
+        assert torch.equal(map_.to_param([whole]), weights[path])
+        value = torch.empty_like(weights[path])
+        map_.fill(value, 0, whole)
+        assert torch.equal(value, weights[path])
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        ("(heads[0:6/8] head_dim) hidden", "(kv_heads[5:7/8] head_dim) hidden"),  # overlap
+        ("(heads[0:6/9] head_dim) hidden", "(kv_heads[6:8/9] head_dim) hidden"),  # a row is left
+        ("(heads[0:6/8] head_dim) hidden", "hidden (kv_heads[6:8/8] head_dim)"),  # other dims
+        ("(heads[0:6/8] head_dim) hidden", "(kv_heads head_dim) hidden"),  # all of it
+    ],
+)
+def test_parts_that_are_not_the_whole_are_refused(q, k):
+    with pytest.raises(fm.errors.DeclarationError, match="stored in"):
+        qkv(q, k)
+
+
+def test_no_part_of_a_tensor():
+    with pytest.raises(fm.errors.DeclarationError, match="takes no part of a tensor"):
+        qkv("(heads[0:4/8] head_dim) hidden", "(kv_heads[6:8/8] head_dim) hidden")
