@@ -10,8 +10,10 @@ from funcmodels.block import block
 from funcmodels.checkpoint import load, save
 from funcmodels.generate import generate, logprobs
 from funcmodels.init import init, normal
+from funcmodels.loss import loss
 from funcmodels.models.registry import load_model
 from funcmodels.ops.attention_kernels import attention_kernel
+from funcmodels.packing import pack
 from funcmodels.pooling import classify, embed
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Axes, Model, Param, axes
@@ -94,8 +96,10 @@ __all__ = [
     "load",
     "load_model",
     "logprobs",
+    "loss",
     "normal",
     "ops",
+    "pack",
     "optim",
     "pad_heads",
     "push_weights",

@@ -3,6 +3,7 @@
 from funcmodels.ops.attention import attention
 from funcmodels.ops.embed import embed, unembed
 from funcmodels.ops.glu import geglu, swiglu
+from funcmodels.ops.loss import cross_entropy
 from funcmodels.ops.moe import experts
 from funcmodels.ops.norm import layer_norm, rms_norm
 from funcmodels.ops.rope import rope
@@ -10,6 +11,7 @@ from funcmodels.ops.rope_frequencies import rope_frequencies
 
 __all__ = [
     "attention",
+    "cross_entropy",
     "embed",
     "experts",
     "geglu",

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from funcmodels.ops import attention_kernels as kernels
 from funcmodels.ops import attention_reference as reference
 from funcmodels.ops.attention_reference import Inputs, Rules, Tangents
 from funcmodels.ops.forward_mode import outer_tangents, values
+from funcmodels.ops.function_rules import batched, is_last_derivative, no_view
 
 
 class Attention(torch.autograd.Function):
@@ -21,7 +21,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, sinks, slopes, segment_ids, *rules):
         out, lse = kernels.forward(Inputs(q, k, v, sinks, slopes), segment_ids, Rules(*rules))
-        return _no_view(out), _no_view(lse)
+        return no_view(out), no_view(lse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -37,7 +37,7 @@ class Attention(torch.autograd.Function):
         grad_out, _grad_lse = grads
         q, k, v, sinks, slopes, segment_ids, out, lse = ctx.saved_tensors
         slopes_grad = slopes is not None and ctx.needs_input_grad[4]
-        if _is_last_derivative():
+        if is_last_derivative():
             x = Inputs(q, k, v, sinks, slopes)
             grads = kernels.backward(
                 x, grad_out, out, lse, segment_ids, ctx.rules, slopes_grad=slopes_grad
@@ -59,7 +59,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         keep = (True, True, True, False, False, False)
-        tensors = _batched(args[:6], in_dims, info.batch_size, keep)
+        tensors = batched(args[:6], in_dims, info.batch_size, keep)
         return Attention.apply(*tensors, *args[6:]), (0, 0)
 
 
@@ -78,7 +78,7 @@ class AttentionGrad(torch.autograd.Function):
         grads = kernels.backward(
             x, grad_out, out, lse, segment_ids, Rules(*rules), slopes_grad=slopes_grad
         )
-        return tuple(map(_no_view, _present(grads, sinks is not None, slopes_grad)))
+        return tuple(map(no_view, _present(grads, sinks is not None, slopes_grad)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -115,27 +115,9 @@ class AttentionGrad(torch.autograd.Function):
     def vmap(info, in_dims, *args):
         slopes_grad = args[9]  # a gradient per sample needs the argument per sample
         keep = (True, True, True, True, True, slopes_grad, False, True, True)
-        tensors = _batched(args[:9], in_dims, info.batch_size, keep)
+        tensors = batched(args[:9], in_dims, info.batch_size, keep)
         grads = AttentionGrad.apply(*tensors, *args[9:])
         return grads, (0,) * len(grads)
-
-
-def _batched(tensors, in_dims, size: int, full) -> list[Tensor | None]:
-    """Each with the vmapped dim first; where it had none, expanded if full, or of size 1."""
-    result = []
-    for t, dim, is_full in zip(tensors, in_dims, full, strict=False):
-        if t is None:
-            result.append(None)
-        elif dim is None:
-            result.append(t.expand(size if is_full else 1, *t.shape))
-        else:
-            result.append(t.movedim(dim, 0))
-    return result
-
-
-def _no_view(t: Tensor) -> Tensor:
-    """The same memory, no longer marked as a view: forward mode asserts on views made inside."""
-    return torch.ops.aten._unsafe_view(t, t.shape)
 
 
 def _present(grads: Inputs, sinks: bool, slopes: bool) -> tuple[Any, ...]:
@@ -146,15 +128,6 @@ def _present(grads: Inputs, sinks: bool, slopes: bool) -> tuple[Any, ...]:
 def _spread(grads, sinks: bool, slopes: bool) -> tuple[Tensor | None, ...]:
     """The inverse of `_present`, with None for those that there are not."""
     return (*grads[:3], grads[3] if sinks else None, grads[-1] if slopes else None)
-
-
-def _is_last_derivative() -> bool:
-    """Whether nothing differentiates or vectorises this backward: it needs no rules of its own."""
-    return not (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 # `apply` asks for the signature of forward at every call, a quarter of the time of a small one.

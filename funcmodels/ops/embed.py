@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcmodels.errors import ShapeError
+from funcmodels.ops import deferred
 from funcmodels.ops.primitive import primitive
 
 
@@ -35,7 +36,15 @@ def embed(
     return F.embedding(tokens, table)
 
 
-@primitive
+def _put_off(x: Tensor, table: Tensor) -> deferred.Deferred | None:
+    """For `fm.loss`, logits that are not computed yet."""
+    found = deferred.defer(x, table, unembed)
+    if found is not None:
+        _check_unembed(x, table)
+    return found
+
+
+@primitive(instead=_put_off)
 def unembed(
     x: Float[Tensor, "*batch seq hidden"], table: Float[Tensor, "vocab hidden"]
 ) -> Float[Tensor, "*batch seq vocab"]:
@@ -49,6 +58,11 @@ def unembed(
     Raises:
         ShapeError: table is not (vocab, x.shape[-1]).
     """
+    _check_unembed(x, table)
+    return F.linear(x, table.to(x.dtype))
+
+
+def _check_unembed(x: Tensor, table: Tensor) -> None:
     _check_table("unembed", table)
     if table.shape[1] != x.shape[-1]:
         raise ShapeError(
@@ -57,7 +71,6 @@ def unembed(
             need=f"table (vocab, {x.shape[-1]})",
             fix="table.T" if table.shape[0] == x.shape[-1] else "the axis hidden on both",
         )
-    return F.linear(x, table.to(x.dtype))
 
 
 def _check_table(op: str, table: Tensor) -> None:
