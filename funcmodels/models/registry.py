@@ -17,6 +17,8 @@ ZOO = {
     "FmGemma3ForCausalLM": "funcmodels.models.gemma3",
     "Gemma3ForCausalLM": "funcmodels.models.gemma3",
     "FmQwen3ForCausalLM": "funcmodels.models.qwen3",
+    "FmQwen3MoeForCausalLM": "funcmodels.models.qwen3_moe",
+    "Qwen3MoeForCausalLM": "funcmodels.models.qwen3_moe",
     "Qwen3ForCausalLM": "funcmodels.models.qwen3",
 }
 

@@ -87,13 +87,14 @@ def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **f
 
     `fault`: fields changed on our side alone, once the weights are drawn.
     """
-    model = row.model(variation)
+    changes = row.no_choice if dtype == torch.bfloat16 else {}
+    model = row.model(variation, **changes)
     weights = row.weights(model, dtype)
     fm.save(model, weights, folder / "weights")
     tokens = tokens_of(row)
     peer = peer_of(row, folder / "weights", dtype)
     peer_logits, peer_states, peer_grads = theirs(peer, tokens, folder / "grads")
-    model = row.model(variation, **fault)
+    model = row.model(variation, **changes, **fault)
     logits, states, grads = ours(row, model, weights, tokens)
     assert logits.dtype == dtype
     assert peer_logits.std() > 0.5, "logits that hardly differ compare nothing"

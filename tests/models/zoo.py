@@ -57,6 +57,8 @@ class Row:
         engine_fault: a pattern and its replacement in the emitted source, that must be seen.
         tolerance: of log probabilities from vLLM's own class, where its kernels differ from ours.
         settings: of the engine, beside the usual ones.
+        no_choice: fields that let a router choose all experts: in bfloat16, rounding turns a choice
+            now and then, of transformers as of ours, and no tolerance says by how much.
     """
 
     module: str
@@ -73,6 +75,7 @@ class Row:
     engine_fault: tuple[str, str] = (r"\bscale=([^,]+),", r"scale=1.1 * (\1),")
     tolerance: float = 3e-5
     settings: Fields = field(default_factory=dict)
+    no_choice: Fields = field(default_factory=dict)
 
     @property
     def zoo(self) -> ModuleType:
