@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from funcmodels import errors, ops, optim, tree
 from funcmodels.block import block
+from funcmodels.check_recurrence import check_recurrence
 from funcmodels.checkpoint import load, save
 from funcmodels.generate import generate, logprobs
 from funcmodels.init import init, normal
@@ -17,6 +18,7 @@ from funcmodels.packing import pack
 from funcmodels.pooling import classify, embed
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Axes, Model, Param, axes
+from funcmodels.state import State, state
 
 if TYPE_CHECKING:
     from compiler.api import (
@@ -77,6 +79,7 @@ __all__ = [
     "ParallelContext",
     "Param",
     "PartitionSpec",
+    "State",
     "Verified",
     "allow",
     "attention_kernel",
@@ -84,6 +87,7 @@ __all__ = [
     "block",
     "check",
     "check_grid",
+    "check_recurrence",
     "classify",
     "compile_to_torch",
     "compile_to_vllm",
@@ -99,12 +103,13 @@ __all__ = [
     "loss",
     "normal",
     "ops",
-    "pack",
     "optim",
+    "pack",
     "pad_heads",
     "push_weights",
     "register",
     "save",
+    "state",
     "trace",
     "tree",
     "verify",

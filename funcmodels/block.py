@@ -37,6 +37,11 @@ def block(fn: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def is_traced() -> bool:
+    """Whether a tracer is at work."""
+    return _tracer is not None
+
+
 def set_tracer(tracer: Tracer | None) -> Tracer | None:
     """Install a tracer and return the one it replaces. For the compiler only."""
     global _tracer

@@ -1,0 +1,85 @@
+"""The gated delta rule: a memory that is corrected by what it already holds under a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from funcmodels.ops.linear_attention import decay_between, memory
+from funcmodels.ops.recurrent import recurrent
+
+CHUNK = 64
+
+
+def gated_delta_rule(
+    q: Float[Tensor, "*batch seq heads key"],
+    k: Float[Tensor, "*batch seq heads key"],
+    v: Float[Tensor, "*batch seq heads value"],
+    log_decay: Float[Tensor, "*batch seq heads"],
+    beta: Float[Tensor, "*batch seq heads"],
+    *,
+    segment_ids: Int[Tensor, "*batch seq"] | None = None,
+) -> Float[Tensor, "*batch seq heads value"]:
+    """S' = exp(g_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, y_t = S_t^T q_t.
+
+    The state is kept in float32 (float64 where q is), and so is the arithmetic. Keys are meant to
+    have length 1; scaling and normalising are the caller's.
+
+    Args:
+        q, k, v: one head of each for one head of the others.
+        log_decay: g, at most 0.
+        beta: how much of the memory under a key is replaced, in [0, 1]; up to 2 for the rule that
+            may turn it round.
+        segment_ids: documents of packed rows; the memory begins anew in each.
+    Returns:
+        (*batch, seq, heads, value), dtype of v.
+    Source: Yang et al. 2024, arXiv:2412.06464; the chunked form, Yang et al. 2024,
+        arXiv:2406.06484.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    xs = {"q": q, "k": k, "v": v, "g": log_decay, "beta": beta}
+    y = recurrent(
+        step,
+        memory(q.shape[-2], q.shape[-1], v.shape[-1], wide),
+        {name: x.to(wide) for name, x in xs.items()},
+        chunked=chunked,
+        chunk=CHUNK,
+        segment_ids=segment_ids,
+    )
+    return y.to(v.dtype)
+
+
+def step(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """One token."""
+    S = carry["S"] * x["g"].exp()[..., None, None]
+    held = einsum(x["k"], S, "... h k, ... h k v -> ... h v")
+    change = x["beta"][..., None] * (x["v"] - held)
+    S = S + einsum(x["k"], change, "... h k, ... h v -> ... h k v")
+    return {"S": S}, einsum(x["q"], S, "... h k, ... h k v -> ... h v")
+
+
+def chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Some tokens at once. What each changes depends on the changes before it: a triangular system.
+
+    With change_t = beta_t (v_t - what S held under k_t), the state is a sum of k_t change_t^T, and
+    (I + A) change = beta (v - decayed k S), A_ts = beta_t (k_t . k_s) decay(s to t) for s < t.
+    """
+    S, q, k, v, beta = carry["S"], x["q"], x["k"], x["v"], x["beta"]
+    since = x["g"].cumsum(-2).exp()[..., None]  # (..., n, heads, 1)
+    between = decay_between(x["g"].movedim(-1, -2))  # (..., heads, to, from)
+    alike = einsum(k * beta[..., None], k, "... t h k, ... s h k -> ... h t s")
+    A = (alike * between).tril(-1)
+    held = einsum(k * since, S, "... t h k, ... h k v -> ... t h v")
+    wanted = (beta[..., None] * (v - held)).movedim(-3, -2)  # (..., heads, n, value)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    change = torch.linalg.solve_triangular(A + eye, wanted, upper=False, unitriangular=True)
+    scores = einsum(q, k, "... t h k, ... s h k -> ... h t s") * between
+    y = einsum(scores, change, "... h t s, ... h s v -> ... t h v")
+    y = y + einsum(q * since, S, "... t h k, ... h k v -> ... t h v")
+    left = between[..., -1, :]  # (..., heads, n): from each token to the chunk's end
+    S = S * since[..., -1, :, :, None]
+    return {"S": S + einsum(k, left, change, "... s h k, ... h s, ... h s v -> ... h k v")}, y

@@ -1,0 +1,152 @@
+"""A recurrence that a user writes as a function of one token, run over sequences."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from funcmodels import tree
+from funcmodels.ops.recurrent_check import (
+    batch_dims_of,
+    check_chunk,
+    check_closure,
+    check_state,
+    refuse_tracing,
+)
+from funcmodels.ops.recurrent_layout import Layout
+from funcmodels.state import State
+
+Carry = dict[str, Tensor]
+Step = Callable[..., tuple[Carry, Any]]
+
+CHUNK = 64
+
+
+def recurrent(
+    step: Step,
+    state: State,
+    xs: Any,
+    *,
+    params: Any = None,
+    chunked: Step | None = None,
+    chunk: int = CHUNK,
+    segment_ids: Int[Tensor, "*batch seq"] | None = None,
+) -> Any:
+    """A scan over the tokens of each sequence: (state, x) -> (state, y), from the declared state.
+
+    `step` says what the recurrence is, one token at a time, and is enough. `chunked` computes the
+    same for several tokens at once, and is the fast form: `fm.check_recurrence` compares the two.
+    Without it, each token is a step of its own: some operations a token, however small.
+
+    Args:
+        step: pure; of a state (dict of (*batch, *shape)) and one token's x (the leaves of xs
+            without seq), the new state and a pytree y. Leading dims are written `...`.
+        state: see `fm.state`. It begins anew where segment_ids changes.
+        xs: pytree of (*batch, seq, ...).
+        params: a pytree that all tokens share, such as weights: given as a third argument to step
+            and chunked where it is not None.
+        chunked: as step, for x with a dim of any length in place of the token: (*batch, n, ...);
+            the state is the one before the first of them, and the one returned that after the last.
+        chunk: tokens that `chunked` is given at most.
+        segment_ids: documents of packed rows, or None for one document in each row.
+    Returns:
+        The pytree of y: (*batch, seq, ...).
+    Raises:
+        ShapeError: leaves of xs that do not have one (*batch, seq), a step that changes the state's
+            names, shapes or dtypes.
+        TraceError: a step that uses a tensor which is not an argument; a model being compiled.
+    """
+    refuse_tracing(step)
+    for fn in (step, chunked):
+        if fn is not None:
+            check_closure(fn)
+    dims = batch_dims_of(step, state, xs, segment_ids, params)
+    step, chunked = given(step, params), chunked and given(chunked, params)
+    carry = initial(state, xs, dims)
+    if chunked is None:
+        starts = None if segment_ids is None else starts_of(segment_ids)
+        return by_token(step, state, carry, xs, dims, starts)[1]
+    if segment_ids is None:
+        return by_chunk(chunked, state, carry, xs, dims, chunk)[1]
+    layout = Layout.of(starts_of(segment_ids), chunk)
+    spread = tree.map(layout.spread, xs)
+    return tree.map(
+        layout.collect, by_chunk(chunked, state, carry, spread, dims, chunk, layout.begins)[1]
+    )
+
+
+def given(fn: Step, params: Any) -> Step:
+    """A step of two arguments, with the name and the line of the one it is made of."""
+    if params is None:
+        return fn
+
+    @functools.wraps(fn)
+    def step(state: Carry, x: Any) -> tuple[Carry, Any]:
+        return fn(state, x, params)
+
+    return step
+
+
+def initial(state: State, xs: Any, dims: int) -> Carry:
+    """The state before the first token of each row."""
+    some = tree.leaves(xs)[0]
+    return state.initial(tuple(some.shape[:dims]), some.device)
+
+
+def starts_of(segment_ids: Tensor) -> Tensor:
+    """Where documents begin: (*batch, seq), bool."""
+    first = torch.ones_like(segment_ids[..., :1], dtype=torch.bool)
+    return torch.cat([first, segment_ids[..., 1:] != segment_ids[..., :-1]], dim=-1)
+
+
+def by_token(
+    step: Step, state: State, carry: Carry, xs: Any, dims: int, starts: Tensor | None = None
+) -> tuple[Carry, Any]:
+    """The state after all tokens, and every y: one step a token, anew where `starts` is true."""
+    ys = []
+    for t in range(tree.leaves(xs)[0].shape[dims]):
+        if starts is not None:
+            carry = reset(state, carry, starts[..., t])
+        carry, y = step(carry, tree.map(lambda x, t=t: x.select(dims, t), xs))
+        if t == 0:
+            check_state(step, state, carry)
+        ys.append(y)
+    return carry, tree.map(lambda *y: torch.stack(y, dim=dims), *ys)
+
+
+def by_chunk(
+    chunked: Step,
+    state: State,
+    carry: Carry,
+    xs: Any,
+    dims: int,
+    chunk: int,
+    begins: Tensor | None = None,
+) -> tuple[Carry, Any]:
+    """As `by_token`, with several tokens at once; `begins` is true of chunks that begin anew."""
+    ys = []
+    seq = tree.leaves(xs)[0].shape[dims]
+    for i, at in enumerate(range(0, seq, chunk)):
+        n = min(chunk, seq - at)
+        if begins is not None:
+            carry = reset(state, carry, begins[..., i])
+        carry, y = chunked(carry, tree.map(lambda x, at=at, n=n: x.narrow(dims, at, n), xs))
+        if i == 0:
+            check_state(chunked, state, carry)
+            check_chunk(chunked, y, dims, n)
+        ys.append(y)
+    return carry, tree.map(lambda *y: torch.cat(y, dim=dims), *ys)
+
+
+def reset(state: State, carry: Carry, where: Tensor) -> Carry:
+    """The initial state in the rows where a document begins."""
+    out = {}
+    for name, value in carry.items():
+        at = where.reshape(*where.shape, *[1] * (value.ndim - where.ndim))
+        out[name] = torch.where(at, state.slots[name].init, value)
+    return out

@@ -1,0 +1,229 @@
+"""What `ops.recurrent` asks of its functions and their arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from funcmodels import tree
+from funcmodels.block import is_traced
+from funcmodels.errors import ShapeError, TraceError
+from funcmodels.source import SourceLine, users_line
+from funcmodels.state import State
+
+PRIMES = (1009, 1013, 1019)  # batch sizes that no other dim has
+
+
+def refuse_tracing(step: Callable) -> None:
+    """No compiled layer keeps a recurrent state yet.
+
+    Raises:
+        TraceError: a model is being compiled.
+    """
+    if is_traced():
+        raise TraceError(
+            f"the recurrence {_name(step)} cannot be compiled",
+            need="a model without ops.recurrent: no compiled layer keeps its state yet",
+            from_=users_line(),
+            fix="train with model.forward; serve it from a class written by hand",
+        )
+
+
+def batch_dims_of(
+    step: Callable, state: State, xs: Any, segment_ids: Tensor | None, params: Any = None
+) -> int:
+    """How many dims of xs' leaves come before seq.
+
+    segment_ids tell. Without them it is the number for which `step` keeps the shapes of the state:
+    tried on the meta device, where nothing is computed, with batch sizes that are no other dim's.
+    """
+    leaves = tree.leaves(xs)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        _bad_xs(step, xs, "tensors")
+    if segment_ids is not None:
+        dims = segment_ids.ndim - 1
+        if any(leaf.shape[: dims + 1] != segment_ids.shape for leaf in leaves):
+            _bad_xs(step, xs, f"{tuple(segment_ids.shape)} of segment_ids as first dims")
+        return dims
+    least = min(leaf.ndim for leaf in leaves)
+    shared = 0  # leading dims that all leaves have in common
+    while shared < least and len({leaf.shape[shared] for leaf in leaves}) == 1:
+        shared += 1
+    if shared == 0:
+        _bad_xs(step, xs, "(*batch, seq, ...), with the same first dims in every leaf")
+    found: dict[int, tuple[dict, dict]] = {}
+    errors: list[Exception] = []
+    for dims in range(min(shared, len(PRIMES) + 1)):
+        try:
+            found[dims] = _on_meta(step, state, xs, dims, params)
+        except Exception as error:
+            errors.append(error)
+    fits = [
+        dims for dims, (before, after) in found.items() if _shape_of(before) == _shape_of(after)
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        _cannot_tell(step, xs, fits)
+    if not found:  # the step itself fails: let its own error be seen
+        raise errors[0]
+    before, after = next(iter(found.values()))
+    check_state(step, state, after, before)
+    raise AssertionError("a state that is kept, and is not")
+
+
+def _shape_of(state: Any) -> Any:
+    return {name: value.shape for name, value in state.items()} if isinstance(state, dict) else None
+
+
+def _on_meta(step: Callable, state: State, xs: Any, dims: int, params: Any) -> tuple[dict, dict]:
+    """The state before and after one step, without values."""
+
+    def empty(x: Any, shape: tuple[int, ...] | None = None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return torch.empty(x.shape if shape is None else shape, dtype=x.dtype, device="meta")
+
+    batch = PRIMES[:dims]
+    x = tree.map(lambda x: empty(x, (*batch, *x.shape[dims + 1 :])), xs)
+    before = state.initial(batch, torch.device("meta"))
+    shared = () if params is None else (tree.map(empty, params),)
+    result = step(dict(before), x, *shared)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ShapeError(
+            f"{_name(step)} returns no pair",
+            got=type(result).__name__,
+            need="(state, y)",
+            from_=_line(step),
+            fix="return {...}, y",
+        )
+    return before, result[0]
+
+
+def _cannot_tell(step: Callable, xs: Any, fits: list[int]) -> NoReturn:
+    raise ShapeError(
+        f"{_name(step)}: several dims of xs may be the tokens",
+        got=f"xs {_shapes(xs)}; the state keeps its shape with "
+        f"{' or '.join(map(str, fits))} batch dims",
+        need="one way to read them",
+        from_=users_line(),
+        fix="segment_ids of shape (*batch, seq), which tell",
+    )
+
+
+def check_state(step: Callable, state: State, carry: Any, before: Any = None) -> None:
+    """A state is as declared, and of the shapes that it had before.
+
+    Raises:
+        ShapeError: other names, shapes or dtypes.
+    """
+    if not isinstance(carry, dict) or carry.keys() != state.slots.keys():
+        raise ShapeError(
+            f"{_name(step)} returns another state than it is given",
+            got=", ".join(carry) if isinstance(carry, dict) else type(carry).__name__,
+            need=f"a dict of {', '.join(state.slots)}",
+            declared=state.where,
+            from_=_line(step),
+            fix="return (state, y), the state with all its tensors",
+        )
+    for name, slot in state.slots.items():
+        value = carry[name]
+        tail = tuple(value.shape[value.ndim - len(slot.shape) :])
+        wrong_batch = before is not None and value.shape != before[name].shape
+        if tail == slot.shape and value.dtype == slot.dtype and not wrong_batch:
+            continue
+        kind = "dtype" if tail == slot.shape and not wrong_batch else "shape"
+        raise ShapeError(
+            f'{_name(step)} changes the {kind} of the state "{name}"',
+            got=f"{_shape(value)} {value.dtype}",
+            need=f"(*batch, {', '.join(map(str, slot.shape))}) {slot.dtype}, as declared",
+            declared=state.where,
+            from_=_line(step),
+            fix=f'"{name}": (...).to({slot.dtype})'
+            if kind == "dtype"
+            else "an update of the state's own shape",
+        )
+
+
+def check_chunk(chunked: Callable, y: Any, dims: int, n: int) -> None:
+    """A chunk of n tokens has n results.
+
+    Raises:
+        ShapeError: it has another number.
+    """
+    for path, leaf in tree.items(y):
+        if leaf.ndim <= dims or leaf.shape[dims] != n:
+            raise ShapeError(
+                f"{_name(chunked)}: a result of a chunk has another number of tokens",
+                got=f"{path or 'y'} {tuple(leaf.shape)}",
+                need=f"(*batch, {n}, ...)",
+                from_=_line(chunked),
+                fix="one result for each token, in the place of the token's dim",
+            )
+
+
+def check_closure(fn: Callable) -> None:
+    """A step's tensors are its arguments.
+
+    Raises:
+        TraceError: one comes from outside: it would have no place in a state or on a rank.
+    """
+    for name, value in _outside(fn):
+        if isinstance(value, (Tensor, nn.Module)) or any(
+            isinstance(leaf, Tensor) for leaf in tree.leaves(value)
+        ):
+            raise TraceError(
+                f'{_name(fn)} uses "{name}", a tensor from outside',
+                need="a function of its arguments alone",
+                from_=_line(fn),
+                fix=f'params={{"{name}": {name}}} of ops.recurrent: a third argument of the step',
+            )
+
+
+def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values that a function takes from around it."""
+    if isinstance(fn, functools.partial):
+        yield from ((f"argument {i}", value) for i, value in enumerate(fn.args))
+        yield from fn.keywords.items()
+        fn = fn.func
+    if isinstance(fn, types.FunctionType):
+        found = inspect.getclosurevars(fn)
+        yield from found.nonlocals.items()
+        yield from found.globals.items()
+        yield from ((f"a default of {_name(fn)}", value) for value in fn.__defaults__ or ())
+
+
+def _bad_xs(step: Callable, xs: Any, need: str) -> NoReturn:
+    raise ShapeError(
+        f"{_name(step)}: xs of wrong shapes",
+        got=_shapes(xs) or "no tensor",
+        need=need,
+        from_=users_line(),
+        fix="what all tokens share goes to params=",
+    )
+
+
+def _shapes(xs: Any) -> str:
+    return ", ".join(
+        f"{path or 'x'} {tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__}"
+        for path, leaf in tree.items(xs)
+    )
+
+
+def _shape(value: Tensor) -> str:
+    return f"({', '.join('batch' if n in PRIMES else str(n) for n in value.shape)})"
+
+
+def _name(fn: Any) -> str:
+    return getattr(getattr(fn, "func", fn), "__name__", repr(fn))
+
+
+def _line(fn: Any) -> SourceLine:
+    code = getattr(getattr(fn, "func", fn), "__code__", None)
+    return SourceLine(code.co_filename, code.co_firstlineno, code.co_name) if code else users_line()

@@ -1,0 +1,153 @@
+"""The ready-made recurrences, against loops in float64 written from their formulas."""
+
+import pytest
+import torch
+
+import funcmodels as fm
+from funcmodels import ops
+from funcmodels.errors import ShapeError
+from funcmodels.ops import delta_rule, linear_attention
+from funcmodels.ops.short_conv import chunked as conv_chunked
+from funcmodels.ops.short_conv import step as conv_step
+
+SEQ, HEADS, KEY, VALUE = 150, 2, 4, 3  # longer than two chunks, and no multiple of one
+
+
+def rows(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(by_key=False, seed=0):
+    q, k, v = (rows(SEQ, HEADS, n, seed=seed + i) for i, n in enumerate((KEY, KEY, VALUE)))
+    g = -rows(SEQ, HEADS, *([KEY] if by_key else []), seed=seed + 3).abs()
+    return q, k / k.norm(dim=-1, keepdim=True), v, g
+
+
+def attention_loop(q, k, v, g):
+    S, out = torch.zeros(HEADS, KEY, VALUE).double(), []
+    for t in range(len(q)):
+        decay = g[t].exp() if g.ndim == 3 else g[t].exp()[:, None].expand(HEADS, KEY)
+        S = decay[:, :, None] * S + k[t][:, :, None] * v[t][:, None, :]
+        out.append((S * q[t][:, :, None]).sum(1))
+    return torch.stack(out)
+
+
+def delta_loop(q, k, v, g, beta):
+    S, out = torch.zeros(HEADS, VALUE, KEY).double(), []
+    eye = torch.eye(KEY).double()
+    for t in range(len(q)):
+        for h in range(HEADS):
+            kk = torch.outer(k[t, h], k[t, h])
+            S = S.clone()
+            S[h] = g[t, h].exp() * S[h] @ (eye - beta[t, h] * kk)
+            S[h] = S[h] + beta[t, h] * torch.outer(v[t, h], k[t, h])
+        out.append(torch.einsum("hvk,hk->hv", S, q[t]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_gated_linear_attention(by_key):
+    args = inputs(by_key)
+    y = ops.gated_linear_attention(*args)
+    torch.testing.assert_close(y, attention_loop(*args), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_strong_decay_does_not_overflow(by_key):
+    q, k, v, g = (x.float() for x in inputs(by_key))
+    y = ops.gated_linear_attention(q, k, v, 40 * g)
+    want = attention_loop(*(x.double() for x in (q, k, v, 40 * g)))
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5)
+
+
+def test_gated_delta_rule():
+    args = (*inputs(), rows(SEQ, HEADS, seed=9).sigmoid())
+    y = ops.gated_delta_rule(*args)
+    torch.testing.assert_close(y, delta_loop(*args), rtol=0, atol=1e-10)
+
+
+def test_ssd():
+    x, B, C = rows(SEQ, 4, VALUE), rows(SEQ, 2, KEY, seed=1), rows(SEQ, 2, KEY, seed=2)
+    dt, A, D = rows(SEQ, 4, seed=3).exp(), -rows(4, seed=4).abs(), rows(4, seed=5)
+    y = ops.ssd(x, dt, A, B, C, D=D)
+    h, want = torch.zeros(4, KEY, VALUE).double(), []
+    for t in range(SEQ):
+        b, c = B[t].repeat_interleave(2, 0), C[t].repeat_interleave(2, 0)
+        h = (dt[t] * A).exp()[:, None, None] * h
+        h = h + dt[t][:, None, None] * b[:, :, None] * x[t][:, None, :]
+        want.append(torch.einsum("hk,hkv->hv", c, h) + D[:, None] * x[t])
+    torch.testing.assert_close(y, torch.stack(want), rtol=0, atol=1e-10)
+    with pytest.raises(ShapeError, match="heads cannot be grouped"):
+        ops.ssd(x, dt, A, B.repeat(1, 2, 1)[:, :3], C.repeat(1, 2, 1)[:, :3])
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("seq", [1, 2, 9])
+def test_short_conv(width, seq):
+    x, weight, bias = rows(seq, 5), rows(5, width, seed=1), rows(5, seed=2)
+    padded = torch.cat([torch.zeros(width - 1, 5).double(), x])
+    want = torch.nn.functional.conv1d(padded.T[None], weight[:, None], bias, groups=5)[0].T
+    torch.testing.assert_close(ops.short_conv(x, weight, bias), want, rtol=0, atol=1e-12)
+    with pytest.raises(ShapeError, match="weight and x do not fit"):
+        ops.short_conv(x, weight[:3])
+
+
+CALLS = {
+    "gated_linear_attention": lambda p, ids: ops.gated_linear_attention(
+        p["q"], p["k"], p["v"], p["g"], segment_ids=ids
+    ),
+    "by key": lambda p, ids: ops.gated_linear_attention(
+        p["q"], p["k"], p["v"], p["by_key"], segment_ids=ids
+    ),
+    "gated_delta_rule": lambda p, ids: ops.gated_delta_rule(
+        p["q"], p["k"], p["v"], p["g"], p["beta"], segment_ids=ids
+    ),
+    "ssd": lambda p, ids: ops.ssd(p["v"], p["beta"], p["g"][0, 0], p["k"], p["q"], segment_ids=ids),
+    "short_conv": lambda p, ids: ops.short_conv(p["x"], p["k"][0, :5, 0], segment_ids=ids),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_packed_documents_equal_separate_rows(name):
+    lengths = (70, 1, 64, 15)
+    q, k, v, g = (x[None] for x in inputs())
+    p = {"q": q, "k": k, "v": v, "g": g, "beta": g.exp(), "by_key": g[..., None] - q.abs()}
+    p["x"] = rows(1, SEQ, 5)
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    packed = CALLS[name](p, ids)
+    at = 0
+    for n in lengths:
+        part = {key: x[:, at : at + n] for key, x in p.items()}
+        if name == "ssd":
+            part["g"] = p["g"]
+        if name == "short_conv":
+            part["k"] = p["k"]
+        alone = CALLS[name](part, None)
+        torch.testing.assert_close(packed[:, at : at + n], alone, rtol=0, atol=1e-11)
+        at += n
+
+
+def test_chunked_forms_are_their_steps():
+    q, k, v, g = (x[:20] for x in inputs())
+    by_key = -rows(20, HEADS, KEY).abs()
+    of = {"q": q, "k": k, "v": v, "g": g, "beta": g.exp()}
+    memory = linear_attention.memory(HEADS, KEY, VALUE)
+    check = fm.check_recurrence
+    assert check(linear_attention.step, linear_attention.chunked, memory, of) < 1e-12
+    assert (
+        check(linear_attention.key_step, linear_attention.key_chunked, memory, of | {"g": by_key})
+        < 1e-12
+    )
+    assert check(delta_rule.step, delta_rule.chunked, memory, of) < 1e-12
+    window = fm.state(x="channels window", dtype=torch.float32, channels=3, window=3)
+    params = {"weight": rows(3, 4), "bias": rows(3)}
+    conv = (conv_step, conv_chunked)
+    assert check(*conv, window, rows(20, 3), params=params) < 1e-12
+
+
+def test_bfloat16_keeps_its_state_in_float32():
+    args = [x.bfloat16() for x in inputs()]
+    y = ops.gated_linear_attention(*args)
+    assert y.dtype == torch.bfloat16
+    want = attention_loop(*(x.double() for x in args))
+    torch.testing.assert_close(y.double(), want, rtol=8e-3, atol=8e-3)

@@ -1,0 +1,255 @@
+"""`ops.recurrent`: a scan over tokens, against loops in float64, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+from einops import einsum
+
+import funcmodels as fm
+from funcmodels import ops
+from funcmodels.errors import DeclarationError, ShapeError, TraceError
+from funcmodels.ops.linear_attention import chunked as linear_chunked
+from funcmodels.ops.linear_attention import memory
+from funcmodels.ops.linear_attention import step as linear_step
+from funcmodels.ops.recurrent_layout import Layout
+
+STATE = fm.state(h="hidden", dtype=torch.float64, hidden=3)
+
+
+def leaky(state, x):
+    h = 0.5 * state["h"] + x
+    return {"h": h}, torch.tanh(h)
+
+
+def leaky_chunk(state, x):
+    powers = 0.5 ** torch.arange(1, x.shape[-2] + 1, dtype=x.dtype)
+    lower = (0.5 ** (torch.arange(x.shape[-2])[:, None] - torch.arange(x.shape[-2]))).tril()
+    h = einsum(lower.to(x.dtype), x, "t s, ... s d -> ... t d")
+    h = h + powers[:, None] * state["h"][..., None, :]
+    return {"h": h[..., -1, :]}, torch.tanh(h)
+
+
+def by_hand(x, starts=(0,)):
+    """The leaky recurrence of one row, written out."""
+    h, out = torch.zeros_like(x[0]), []
+    for t, now in enumerate(x):
+        h = now if t in starts else 0.5 * h + now
+        out.append(torch.tanh(h))
+    return torch.stack(out)
+
+
+def rows(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunked", [None, leaky_chunk])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 7, 3), (2, 4, 7, 3)])
+def test_equals_a_loop(shape, chunked):
+    x = rows(*shape)
+    want = torch.stack([by_hand(row) for row in x.reshape(-1, 7, 3)]).reshape(shape)
+    y = ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=4)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunked", [None, leaky_chunk])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 64])
+def test_documents_begin_anew(chunked, chunk):
+    x = rows(2, 12, 3)
+    ids = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6, [4] * 12])
+    y = ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=chunk, segment_ids=ids)
+    want = torch.stack([by_hand(x[0], (0, 5, 6)), by_hand(x[1])])
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+
+
+def test_no_gradient_crosses_documents():
+    x, ids = rows(1, 9, 3), torch.tensor([[0] * 4 + [1] * 5])
+
+    def second(x):
+        y = ops.recurrent(leaky, STATE, x, chunked=leaky_chunk, chunk=4, segment_ids=ids)
+        return y[:, 4:].sum()
+
+    grad = torch.func.grad(second)(x)
+    assert (grad[:, :4] == 0).all()
+    assert (grad[:, 4:] != 0).all()
+
+
+@pytest.mark.parametrize("chunked", [None, leaky_chunk])
+def test_transforms(chunked):
+    x, tangent = rows(5, 6, 3), rows(5, 6, 3, seed=1)
+
+    def f(x):
+        return ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=4)
+
+    def loop(x):
+        return torch.func.vmap(by_hand)(x)
+
+    got, want = torch.func.jvp(f, (x,), (tangent,)), torch.func.jvp(loop, (x,), (tangent,))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.func.vmap(f)(x), loop(x), rtol=0, atol=1e-12)
+    hessian = torch.func.hessian(lambda row: f(row).sum())(x[0])
+    torch.testing.assert_close(
+        hessian, torch.func.hessian(lambda row: by_hand(row).sum())(x[0]), rtol=0, atol=1e-12
+    )
+
+
+def test_a_state_may_begin_with_other_than_zeros():
+    """The running maximum of a row, from minus infinity."""
+
+    def largest(state, x):
+        m = torch.maximum(state["m"], x)
+        return {"m": m}, m
+
+    state = fm.state(m="hidden", dtype=torch.float64, init=-torch.inf, hidden=3)
+    x, ids = rows(8, 3), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    y = ops.recurrent(largest, state, x, segment_ids=ids)
+    want = torch.cat([x[:3].cummax(0).values, x[3:].cummax(0).values])
+    assert torch.equal(y, want)
+
+
+def test_what_tokens_share_has_a_gradient():
+    def scaled(state, x, p):
+        h = p["decay"] * state["h"] + x
+        return {"h": h}, h
+
+    x, decay = rows(4, 3), torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    grad = torch.func.grad(lambda d: ops.recurrent(scaled, STATE, x, params={"decay": d}).sum())(
+        decay
+    )
+    h, dh, want = torch.zeros(3).double(), torch.zeros(3).double(), torch.zeros(3).double()
+    for now in x:
+        h, dh = decay * h + now, h + decay * dh
+        want = want + dh
+    torch.testing.assert_close(grad, want, rtol=0, atol=1e-12)
+
+
+def test_layout():
+    starts = torch.tensor([[1, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]]).bool()
+    layout = Layout.of(starts, 2)
+    assert layout.token.tolist() == [[0, 1, 2, 2, 3, 3, 4, 5], [0, 1, 2, 3, 4, 5, 5, 5]]
+    assert layout.place.tolist() == [[0, 1, 2, 4, 6, 7], [0, 1, 2, 3, 4, 5]]
+    assert layout.begins[0].tolist() == [True, False, True, True]
+    x = rows(2, 6, 3)
+    assert torch.equal(layout.collect(layout.spread(x)), x)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_step_that_changes_its_state():
+    def grows(state, x):
+        return {"h": torch.cat([state["h"], x], -1)}, x
+
+    def narrows(state, x):
+        return {"h": (state["h"] + x).float()}, x
+
+    def forgets(state, x):
+        return {}, x
+
+    ids = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ShapeError, match=r"grows changes the shape of the state \"h\"") as error:
+        ops.recurrent(grows, STATE, rows(4, 3), segment_ids=ids)
+    assert "test_recurrent.py" in str(error.value)
+    assert re.search(r"from: +test_recurrent.py:\d+ in grows", str(error.value))
+    with pytest.raises(ShapeError, match="narrows changes the dtype"):
+        ops.recurrent(narrows, STATE, rows(4, 3))
+    with pytest.raises(ShapeError, match="forgets returns another state"):
+        ops.recurrent(forgets, STATE, rows(4, 3), segment_ids=ids)
+    with pytest.raises(ShapeError, match="grows changes the shape"):
+        ops.recurrent(grows, STATE, rows(4, 3))
+
+
+def test_a_step_that_closes_over_a_tensor():
+    decay = torch.tensor(0.5)
+
+    def closes(state, x):
+        h = decay * state["h"] + x
+        return {"h": h}, h
+
+    with pytest.raises(TraceError, match=r'closes uses "decay", a tensor from outside'):
+        ops.recurrent(closes, STATE, rows(4, 3))
+
+
+def test_shapes_that_cannot_be_read():
+    with pytest.raises(ShapeError, match="xs of wrong shapes"):
+        ops.recurrent(leaky, STATE, {"a": rows(4, 3), "b": rows(5, 3)})
+    one = fm.state(h="", dtype=torch.float64)
+    with pytest.raises(ShapeError, match="segment_ids"):
+        ops.recurrent(leaky, STATE, rows(4, 3), segment_ids=torch.zeros(5))
+    assert ops.recurrent(leaky, one, rows(4)).shape == (4,)
+
+
+def test_declarations():
+    with pytest.raises(DeclarationError, match='axis "key" of the state "S" has no valid size'):
+        fm.state(S="heads key", dtype=torch.float32, heads=2)
+    with pytest.raises(DeclarationError, match='axis "value" of a state has no tensor'):
+        fm.state(S="heads", dtype=torch.float32, heads=2, value=3)
+    with pytest.raises(DeclarationError, match="dtype by name of other tensors"):
+        fm.state(S="heads", dtype={"T": torch.float32}, heads=2)
+
+
+def test_a_compiled_model_is_refused():
+    P = fm.axes(vocab=8, hidden=3)
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        x = ops.recurrent(leaky, STATE, x.double(), segment_ids=segment_ids)
+        return ops.unembed(x.float(), params["embed"])
+
+    model = fm.Model(
+        "Recurrent", config={}, params={"embed": P("vocab hidden")}, forward=forward, sharding={}
+    )
+    with pytest.raises(TraceError, match="leaky cannot be compiled"):
+        fm.trace(model)
+
+
+# --- fm.check_recurrence -------------------------------------------------------------------------
+
+
+def linear_inputs(seq=20):
+    decay = -torch.rand((seq, 2), generator=torch.Generator().manual_seed(4)).double()
+    return {"q": rows(seq, 2, 4), "k": rows(seq, 2, 4, seed=1), "v": rows(seq, 2, 3), "g": decay}
+
+
+def test_check_recurrence():
+    state = memory(2, 4, 3)
+    assert fm.check_recurrence(linear_step, linear_chunked, state, linear_inputs()) < 1e-12
+
+
+@pytest.mark.parametrize("fault", ["state", "within", "gradient"])
+def test_check_recurrence_sees_faults(fault):
+    def wrong(state, x):
+        if fault == "state":
+            after, y = linear_chunked(state, x)
+            return {"S": after["S"] * 1.001}, y
+        if fault == "within":
+            return linear_chunked(state, x | {"k": x["k"].roll(1, dims=-3)})
+        return linear_chunked({"S": state["S"].detach()}, x)
+
+    with pytest.raises(fm.errors.FuncModelsError, match="wrong is not its step"):
+        fm.check_recurrence(linear_step, wrong, memory(2, 4, 3), linear_inputs())
+
+
+# --- ops.associative_scan ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 13])
+def test_associative_scan(n):
+    a, b = rows(2, n, 3), rows(2, n, 3, seed=1)
+
+    def combine(first, second):
+        (a1, b1), (a2, b2) = first, second
+        return a1 * a2, a2 * b1 + b2
+
+    def h(a, b):
+        return ops.associative_scan(combine, (a, b), dim=1)[1]
+
+    def loop(a, b):
+        out = [b[:, 0]]
+        for t in range(1, n):
+            out.append(a[:, t] * out[-1] + b[:, t])
+        return torch.stack(out, 1)
+
+    torch.testing.assert_close(h(a, b), loop(a, b), rtol=0, atol=1e-12)
+    got, want = (torch.func.grad(lambda a, f=f: (f(a, b) ** 2).sum())(a) for f in (h, loop))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
