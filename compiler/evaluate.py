@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from compiler import collectives
+from compiler import collectives, over_ranks
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.placement import Placement, Shard
-from compiler.rules import LocalValues, vocab_embed
+from compiler.rules import LocalValues, rms_norm_over_ranks, vocab_embed
 from compiler.taken_apart import TakenApart
 from funcmodels import tree
 
@@ -201,3 +201,4 @@ def _vocab_embed(
 
 
 RANK_FUNCTIONS[vocab_embed] = _vocab_embed
+GROUP_FUNCTIONS[rms_norm_over_ranks] = over_ranks.rms_norm

@@ -27,13 +27,10 @@ from compiler.rules import (
     View,
     decide,
     is_cut,
-    scaled_to_unit,
-    sum_of_squares,
     vocab_embed,
 )
 from compiler.strict import Strict, refuses, ways_out
 from compiler.verify import verify
-from funcmodels import ops
 from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
 from funcmodels.source import SourceLine
@@ -190,7 +187,9 @@ class _BlockPartitioner:
         self._put(node, new, results[0] if single else results)
 
     def call_function(self, node: fx.Node) -> None:
-        if node.target is ops.rms_norm and self._norm_over_ranks(node):
+        if _is_idle(node):
+            (same,) = node.all_input_nodes
+            self.env[node], self.at[node] = self.env[same], self.at[same]
             return
         decision, gathered = decide(View(node, self.at, self.axis))
         if gathered:
@@ -227,31 +226,6 @@ class _BlockPartitioner:
             map_arg(kwargs, operand),
             name=node.name,
         )
-
-    def _norm_over_ranks(self, node: fx.Node) -> bool:
-        """A norm over a dim that is cut, if it is one: the ranks sum their squares, and no more."""
-        x, weight = node.args[:2]
-        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-        kind, at = tensor_type(x), self.at[x]
-        last = len(kind.shape) - 1
-        if not isinstance(at, Shard) or at.dim != last or at.units == 1 or self.axis == TOKENS:
-            return False
-        self.whole.need(at.axis, at.units, True, "a norm is taken over it", node.meta["where"])
-        wide = torch.promote_types(kind.dtype, torch.float32)
-        squares = self.graph.create_node(
-            "call_function", sum_of_squares, (self.env[x],), name="squares"
-        )
-        squares.meta.update(node.meta, type=TensorType(wide, (*kind.shape[:-1], 1)))
-        squares.meta["placement"] = Partial()
-        whole = self._collective(squares, collectives.all_reduce, (), REPLICATE, node)
-        whole = self._collective(whole, collectives.vary, (), REPLICATE, node)
-        own = self._as(weight, Shard(0, at.units, at.axis), node)
-        settings = {"count": kind.shape[-1], **node.kwargs}
-        new = self.graph.create_node(
-            "call_function", scaled_to_unit, (self.env[x], whole, own), settings, name=node.name
-        )
-        self._put(node, new, at)
-        return True
 
     def output(self, node: fx.Node) -> None:
         results = tuple(self._as(r, self._result_placement(r), node) for r in self.source.results)
@@ -297,6 +271,14 @@ class _BlockPartitioner:
             new.meta["placement"] = at
             self.moved[key] = new
         return self.moved[key]
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a node gives its operand back: `x.flatten()` of a vector."""
+    if node.target not in (torch.reshape, torch.flatten):
+        return False
+    (x,) = node.all_input_nodes
+    return x.meta["type"] == node.meta["type"]
 
 
 def _sum_over_replicas(block: Block, axis: str, exact: Exact) -> None:

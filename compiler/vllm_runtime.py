@@ -20,6 +20,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -369,7 +370,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) 
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
         return (h * (offset + weight.float())).to(x.dtype)
-    return h.to(x.dtype) * weight
+    return (h.to(x.dtype) * weight).to(x.dtype)
 
 
 def made_in_time(vllm_config: VllmConfig, make_empty: Callable) -> Callable:
@@ -418,25 +419,17 @@ def whole_of_blocks(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     return torch.cat(whole.chunk(ranks, dim)[:: ranks // units], dim)
 
 
-def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Over this rank's part of the last dim: what a norm over all of it needs of each rank."""
-    return x.float().pow(2).sum(-1, keepdim=True)
-
-
-def scaled_to_unit(
-    x: torch.Tensor,
-    squares: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    count: int,
-    eps: float,
-    offset: float = 0.0,
+def rms_norm_over_ranks(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float = 0.0
 ) -> torch.Tensor:
-    """The root-mean-square norm of `count` elements, of which this rank has a part."""
-    unit = x.float() * torch.rsqrt(squares / count + eps)
+    """Root-mean-square norm over a dim of which each rank has a part: their squares are summed."""
+    wide = x.float()
+    squares = tensor_model_parallel_all_reduce(wide.pow(2).sum(-1, keepdim=True))
+    count = x.shape[-1] * get_tensor_model_parallel_world_size()
+    unit = wide * torch.rsqrt(squares / count + eps)
     if offset:
         return (unit * (offset + weight.float())).to(x.dtype)
-    return unit.to(x.dtype) * weight
+    return (unit.to(x.dtype) * weight).to(x.dtype)
 
 
 def own_values(values: list) -> list:

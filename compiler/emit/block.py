@@ -10,7 +10,7 @@ from compiler.emit import expressions
 from compiler.emit.layers import BUILDERS
 from compiler.emit.scope import Module, Scope
 from compiler.emit.text import call
-from compiler.ir import Block, TensorType, tensor_type
+from compiler.ir import Block, LocalSize, TensorType, tensor_type
 from compiler.modules import Placed
 from compiler.placement import Shard
 from compiler.rewrite import is_call
@@ -96,7 +96,8 @@ def _bare(scope: Scope, name: str, attr: str) -> list[str]:
         scope.module.use(used)
     sizes = [scope.module.size(a, n) for a, n in zip(param.axes, param.shape, strict=True)]
     if isinstance(at, Shard):
-        sizes[at.dim] = scope.local_units(at.axis, at.units)
+        inner = param.shape[at.dim] // at.units
+        sizes[at.dim] = scope.local_size(LocalSize(at.units, inner, at.axis, "tp"))
     dtype = [] if param.dtype is None else [f"dtype={param.dtype}"]
     empty = f"torch.empty({', '.join([*sizes, *dtype]) or '()'})"
     lines = [f"        self.{attr} = nn.Parameter({empty}, requires_grad=False)"]

@@ -12,7 +12,7 @@ from torch import fx
 from compiler import collectives
 from compiler.emit.scope import Scope
 from compiler.ir import MODEL_DTYPE, is_factory, target_name
-from compiler.rules import scaled_to_unit, share_of_mean, sum_of_squares
+from compiler.rules import rms_norm_over_ranks, share_of_mean
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 
@@ -165,11 +165,11 @@ def _all_reduce(scope: Scope, node: fx.Node) -> str:
     return f"{scope.module.use('tensor_model_parallel_all_reduce')}({scope.value(node.args[0])})"
 
 
-@special(sum_of_squares, scaled_to_unit)
-def _norm_over_ranks(scope: Scope, node: fx.Node) -> str:
-    args = [scope.value(a) for a in node.args]
+@special(rms_norm_over_ranks)
+def _rms_norm_over_ranks(scope: Scope, node: fx.Node) -> str:
+    args = [scope.value(a) for a in node.args[:2]]
     args += [f"{name}={scope.value(v)}" for name, v in node.kwargs.items()]
-    return f"{scope.module.help(node.target.__name__)}({', '.join(args)})"  # type: ignore[union-attr]
+    return f"{scope.module.help('rms_norm_over_ranks')}({', '.join(args)})"
 
 
 @special(share_of_mean)

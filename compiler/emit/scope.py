@@ -104,9 +104,12 @@ HELPERS_USE = {
     "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
     "read_tensors": ("Iterable", "safe_open", "torch"),
     "normed": ("torch",),
+    "rms_norm_over_ranks": (
+        "get_tensor_model_parallel_world_size",
+        "tensor_model_parallel_all_reduce",
+        "torch",
+    ),
     "spelled_out": ("product",),
-    "scaled_to_unit": ("torch",),
-    "sum_of_squares": ("torch",),
     "take_apart": ("Iterable", "torch"),
     "warn_length": ("init_logger",),
 }

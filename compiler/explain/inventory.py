@@ -30,7 +30,7 @@ from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
 from compiler.placement import Shard
 from compiler.rewrite import is_param
-from compiler.rules import letters_of
+from compiler.rules import letters_of, rms_norm_over_ranks
 from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
 from compiler.why import is_product, is_view, why_plain
@@ -319,6 +319,9 @@ class Inventory:
         if not kind:
             return None
         size = self._bytes(node)
+        if node.target is rms_norm_over_ranks:
+            features: Any = node.meta["type"].shape[-1]
+            size = _per_token(node.meta["type"].shape) // features * torch.float32.itemsize
         if node.target is layers.logits:
             vocab = node.meta["type"].shape[-1]
             size = size // vocab * padded(vocab)
@@ -335,6 +338,8 @@ class Inventory:
             return "all_reduce", "each rank has the rows of a part of the vocabulary"
         if node.target is layers.logits:
             return "all_gather", "each rank has the logits of a part of the vocabulary"
+        if node.target is rms_norm_over_ranks:
+            return "all_reduce", "each rank has a part of the squares that a norm sums"
         if node.target is collectives.all_reduce:
             return "all_reduce", "each rank has a part of a sum that all need"
         if node.target is collectives.all_gather:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compiler import collectives, layers
 from compiler.ir import Program
 from compiler.passes.cancel_reshapes import cancel_reshapes
+from compiler.passes.cut_parameters import cut_parameters
 from compiler.passes.drop_gradients import drop_gradients
 from compiler.passes.flatten_heads import flatten_heads
 from compiler.passes.fuse_add_rms_norm import fuse_add_rms_norm
@@ -26,7 +27,8 @@ from compiler.verify import verify
 from funcmodels import ops
 
 PIPELINE: tuple[ProgramPass, ...] = (
-    on_blocks(drop_gradients, collectives.vary, collectives.replica_sum),
+    on_blocks(drop_gradients, *collectives.ALL),
+    on_blocks(cut_parameters, collectives.take_block),
     on_blocks(lower_linear, torch.einsum, torch.matmul, F.linear),
     on_blocks(fuse_bias, layers.linear),
     on_blocks(silu_and_mul, torch.mul),

@@ -1,4 +1,4 @@
-"""Serving takes no gradients: nodes that only shape them go."""
+"""Serving takes no gradients: nodes that only shape them go, and those that do nothing forwards."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from compiler.rewrite import calls_of, replace_with
 def drop_gradients(block: Block) -> Block:
     """Remove `vary` and `replica_sum`, which give their input back.
 
+    So do the collectives of one block, of which every rank has a copy.
+
         h2 = vary(h, "tp"); q = einsum("...e,hde->...hd", h2, p.q)
     ->
         q = einsum("...e,hde->...hd", h, p.q)
     """
     for node in calls_of(block, collectives.vary, collectives.replica_sum):
         replace_with(block, node, node.args[0])  # type: ignore[arg-type]
+    for node in calls_of(block, collectives.all_gather, collectives.take_block):
+        if node.args[2] == 1:
+            replace_with(block, node, node.args[0])  # type: ignore[arg-type]
     return block

@@ -12,6 +12,7 @@ from compiler import layers
 from compiler.ir import Block, LocalSize, TensorType, tensor_type
 from compiler.placement import Shard
 from compiler.rewrite import calls_of, insert, is_call, replace_with
+from compiler.rules import rms_norm_over_ranks
 from compiler.rules.elementwise import is_elementwise
 from funcmodels import ops
 
@@ -43,7 +44,7 @@ def _projection(value: Any) -> fx.Node | None:
             found.add(node)
         elif is_call(node, operator.getitem) and is_call(node.args[0], ops.rope):
             todo.append(node.args[0].args[node.args[1]])
-        elif is_call(node, torch.reshape, ops.rms_norm, ops.layer_norm):
+        elif is_call(node, torch.reshape, ops.rms_norm, ops.layer_norm, rms_norm_over_ranks):
             todo.append(node.args[0])
         elif isinstance(node, fx.Node) and is_elementwise(node.target):
             todo += node.all_input_nodes

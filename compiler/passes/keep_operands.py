@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from compiler import collectives, layers
 from compiler.ir import Block, Program, TensorType
 from compiler.rewrite import copy_block, insert, is_call
-from compiler.rules import RULES
+from compiler.rules import RULES, rms_norm_over_ranks
 
 # Which operands each writes into: the engine's kernels work in place.
 _OVERWRITES: dict[Any, tuple[int, ...]] = {
@@ -28,8 +28,8 @@ _VIEWS = {
     operator.getitem, *collectives.ALL,
 }  # fmt: skip
 _PARTS = (torch.split, torch.chunk, torch.unbind)  # of which each result is memory of its own
-_LAYERS = (layers.linear, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
-           layers.vocab_embedding, layers.logits)  # fmt: skip
+_OURS = (layers.linear, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
+         layers.vocab_embedding, layers.logits, rms_norm_over_ranks)  # fmt: skip
 
 # A piece of memory: the node that made it, then which part of which split; a prefix contains it.
 Piece = tuple[Any, ...]
@@ -160,7 +160,7 @@ class _Block:
             return self._part(node)
         if node.target is Tensor.expand:
             return _NEVER
-        known = node.target in RULES or node.target in _LAYERS or node.target is torch.clone
+        known = node.target in RULES or node.target in _OURS or node.target is torch.clone
         if known and node.target not in _VIEWS:
             return own
         return frozenset().union(own, *(self.memory[n] for n in node.all_input_nodes))

@@ -23,9 +23,8 @@ from compiler.rules import (
 from compiler.rules.decide import decide, is_cut
 from compiler.rules.local import (
     LocalValues,
-    scaled_to_unit,
+    rms_norm_over_ranks,
     share_of_mean,
-    sum_of_squares,
     vocab_embed,
 )
 from compiler.rules.products import letters_of
@@ -49,9 +48,8 @@ __all__ = [
     "model_ops",
     "parts",
     "products",
-    "scaled_to_unit",
+    "rms_norm_over_ranks",
     "shapes",
     "share_of_mean",
-    "sum_of_squares",
     "vocab_embed",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -20,20 +19,14 @@ class LocalValues:
         return self.values[rank * n : (rank + 1) * n]
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """Over the last dim, in float32 at least: what a root-mean-square norm needs of all ranks."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.pow(2).sum(-1, keepdim=True)
-
-
-def scaled_to_unit(
-    x: Tensor, squares: Tensor, weight: Tensor, *, count: int, eps: float, offset: float = 0.0
+def rms_norm_over_ranks(
+    x: Tensor, weight: Tensor, axis: str, *, eps: float, offset: float = 0.0
 ) -> Tensor:
-    """`ops.rms_norm` of `count` elements, of which x is a part; their squares sum to `squares`."""
-    unit = x.to(squares.dtype) * torch.rsqrt(squares / count + eps)
-    if offset == 0.0:
-        return (weight * unit.to(x.dtype)).to(x.dtype)
-    return (unit * (offset + weight.to(squares.dtype))).to(x.dtype)
+    """`ops.rms_norm` over a dim that is cut, each rank with its part of the weight.
+
+    The ranks sum their squares, and no more.
+    """
+    raise AssertionError("rms_norm_over_ranks is carried out by compiler.over_ranks")
 
 
 def share_of_mean(x: Tensor, dim: int, keepdim: bool, part: int, count: int) -> Tensor:

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
 
 from compiler.placement import PARTIAL, REPLICATE, Placement, Shard
-from compiler.rules.local import LocalValues, vocab_embed
+from compiler.rules.local import LocalValues, rms_norm_over_ranks, vocab_embed
 from compiler.rules.products import contract
 from compiler.rules.rule import TOKENS, Decision, Exactly, View, rule
 from funcmodels import ops
 
 
-@rule(ops.rms_norm, ops.layer_norm)
-def norm(view: View) -> Decision | None:
+@rule(ops.rms_norm)
+def rms_norm(view: View) -> Decision | None:
+    """Over the last dim; where that is cut, the ranks sum their squares."""
+    x, weight = view.node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    at = view.whole(x)
+    if not isinstance(at, Shard) or at.dim < len(view.type(x).shape) - 1:
+        return Decision({x: at, weight: REPLICATE}, at)
+    return _over_ranks(view, x, weight, at, dict(view.node.kwargs))
+
+
+def _over_ranks(
+    view: View, x: fx.Node, weight: fx.Node, at: Shard, settings: dict[str, Any]
+) -> Decision | None:
+    """The norm of a cut dim, and a weight that is cut alike."""
+    if view.axis == TOKENS:
+        return None
+    if at.units == 1:  # every rank has all of it
+        return Decision({x: at, weight: Shard(0, 1, at.axis)}, at)
+    own, out, needs = Shard(0, at.units, at.axis), at, []
+    at_weight = view.whole(weight)
+    if isinstance(at_weight, Shard) and at_weight.units != at.units:
+        # Declared with an axis of its own, as 2048 columns that are 16 heads.
+        units = math.gcd(at_weight.units, at.units)
+        if units == 1:
+            return None
+        needs = [Exactly(units, a, "blocks of two sizes meet") for a in (at.axis, at_weight.axis)]
+        own, out = at_weight, Shard(at.dim, units, at.axis)
+    args = (x, weight, view.axis)
+    return Decision({x: at, weight: own}, out, args, settings, rms_norm_over_ranks, needs)
+
+
+@rule(ops.layer_norm)
+def layer_norm(view: View) -> Decision | None:
     """Over the last dim, which must be whole."""
     x, *rest = view.tensors
     at = view.whole(x)

@@ -26,7 +26,8 @@ def reshape(view: View) -> Decision | None:
             continue
         if any(before[d] != 1 for d in old if d < at.dim):
             return None
-        target = next((d for d in new if after[d] != 1), None)
+        # One block is as good along any dim, and of one head best along the heads'.
+        target = next((d for d in new if after[d] != 1 or at.units == 1), None)
         if target is None:
             return None
         size = after[target]
@@ -36,7 +37,7 @@ def reshape(view: View) -> Decision | None:
                 return None
         else:
             units = math.gcd(at.units, size)
-        if units == 1:
+        if units == 1 < at.units:
             return None
         needs = [] if units == at.units else [Exactly(units, at.axis, f"it is split into {size}")]
         out = Shard(target, units, at.axis)

@@ -29,6 +29,7 @@ def axes() -> fm.Axes:
         kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         mlp=MLP,
+        heads_dim=HEADS * HEAD_DIM,
         one=1,
     )
 

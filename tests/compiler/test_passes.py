@@ -90,6 +90,13 @@ def shares_kv(p, x, positions):
     return einsum(ops.attention(turned_q, turned_k, k), p["o"], "... h d, e h d -> ... e")
 
 
+@fm.block
+def norms_heads(p, x, positions):
+    q = einsum(x, p["q"], "... e, h d e -> ... h d")
+    q = ops.rms_norm(q.flatten(-2), p["norm"], eps=1e-5).unflatten(-1, q.shape[-2:])
+    return einsum(q, p["o"], "... h d, e h d -> ... e")
+
+
 QKVO = {
     "q": P("heads head_dim hidden"),
     "k": P("kv_heads head_dim hidden"),
@@ -101,6 +108,11 @@ BIASED = {**GATED, "gate_bias": P("mlp"), "bias": P("hidden"), "norm": P("hidden
 
 SHOWN: dict[str, tuple[Any, dict[str, fm.Param], str]] = {
     "drop_gradients": (gated, GATED, "gated"),
+    "cut_parameters": (
+        norms_heads,
+        {"q": QKVO["q"], "o": QKVO["o"], "norm": P("heads_dim")},
+        "norms_heads",
+    ),
     "lower_linear": (gated, GATED, "gated"),
     "fuse_bias": (biased, BIASED, "biased"),
     "silu_and_mul": (gated, GATED, "gated"),

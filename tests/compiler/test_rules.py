@@ -22,7 +22,8 @@ from compiler.trace import trace
 from funcmodels import ops
 from tests.compiler.programs import allowed, check_on_ranks, inputs_of, small, weights_of
 
-SIZES = {"a": 12, "b": 4, "c": 6, "d": 2, "e": 24, "one": 1, "heads": 12, "kv": 3, "hd": 4}
+SIZES = {"a": 12, "b": 4, "c": 6, "d": 2, "e": 24, "one": 1, "heads": 12, "kv": 3, "hd": 4,
+         "cols": 48}
 P = fm.axes(**SIZES)
 
 
@@ -311,7 +312,12 @@ ROWS = [
     row("rms_norm", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "a/tp b", "b"),
     row("rms_norm of the cut", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "b a/tp", "a"),
     row("rms_norm of the cut, all", lambda x, w: ops.rms_norm(x, w, eps=1e-5, offset=1.0), "b a/tp", "a/tp"),
+    row("rms_norm of heads, columns of weight", lambda x, w: ops.rms_norm(x.reshape(2, 48), w, eps=1e-5),
+        "d heads/tp hd", "cols/tp"),
     row("layer_norm of the cut", lambda x, w: ops.layer_norm(x, w, eps=1e-5), "b a/tp", "a", gathers=True),
+    row("rms_norm of blocks on several ranks", lambda x, w: ops.rms_norm(x.reshape(4, 6), w, eps=1e-5),
+        "b kv/tp d", "c", parts=(1, 3)),
+    row("rms_norm of one block", lambda x, w: ops.rms_norm(x.flatten(-2), w, eps=1e-5), "b one/tp c", "c"),
     row("rms_norm of a cut weight", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "b a", "a/tp"),
     row("layer_norm", lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-5), "a/tp b", "b", "b"),
     row("F.rms_norm", lambda x, w: F.rms_norm(x, (4,), w, 1e-5), "a/tp b", "b"),

@@ -48,6 +48,7 @@ class Config:
     attention_scale: float | None = None
     has_sinks: bool = False
     has_qk_norm: bool = False
+    norms_all_heads: bool = False  # as one, not each by itself
     has_gains: bool = False
     norm_offset: float = 0.0
     activation: str = "swiglu"  # or "geglu", "geglu-tanh", or "gelu" without a gate
@@ -63,6 +64,8 @@ def params(cfg: Config) -> dict[str, Any]:
         head_dim=cfg.head_dim,
         mlp=cfg.intermediate_size,
         positions=cfg.max_position_embeddings,
+        q_dim=cfg.num_attention_heads * cfg.head_dim,
+        kv_dim=cfg.num_key_value_heads * cfg.head_dim,
     )
 
     centre = "zeros" if cfg.norm_offset else "ones"
@@ -77,6 +80,8 @@ def params(cfg: Config) -> dict[str, Any]:
         }
         if cfg.has_qk_norm:
             attn |= {"q_norm": P("head_dim", init="ones"), "k_norm": P("head_dim", init="ones")}
+        if cfg.norms_all_heads:
+            attn |= {"q_norm": P("q_dim", init="ones"), "k_norm": P("kv_dim", init="ones")}
         if cfg.has_sinks:
             attn["sinks"] = P("heads", init="zeros")
         if cfg.has_gains:
@@ -118,6 +123,9 @@ def attention(
     if cfg.has_qk_norm:
         q = ops.rms_norm(q, p["q_norm"], eps=cfg.rms_norm_eps)
         k = ops.rms_norm(k, p["k_norm"], eps=cfg.rms_norm_eps)
+    if cfg.norms_all_heads:
+        q = ops.rms_norm(q.flatten(-2), p["q_norm"], eps=cfg.rms_norm_eps).view(q.shape)
+        k = ops.rms_norm(k.flatten(-2), p["k_norm"], eps=cfg.rms_norm_eps).view(k.shape)
     if cfg.positions == "rope":
         q, k = ops.rope(
             q,

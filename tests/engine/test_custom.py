@@ -13,6 +13,8 @@ FEATURES = {
     "alibi": {"positions": "alibi"},
     "learned-positions": {"positions": "learned"},
     "qk-norm": {"has_qk_norm": True},
+    "qk-norm-of-all-heads": {"norms_all_heads": True},
+    "qk-norm-of-a-replicated-head": {"norms_all_heads": True, "num_key_value_heads": 1},
     "bare-parameters": {"has_gains": True},
     "partial-rotary": {"rotary_dim": 16},
     "interleaved-rotary": {"interleaved": True},
