@@ -71,8 +71,9 @@ class ZooConfig:
     """The base of every zoo model's `Config`: reads a config.json, and writes it again.
 
     A subclass declares its fields under Hugging Face's names. One without a default is required,
-    one with a default or with `unless_given` is not. `rope_theta` and `rope_scaling`, where it has
-    them, are read in both spellings of transformers; lists become tuples, so that it is hashable.
+    one with a default or with `unless_given` is not; null is None where the type has None.
+    `rope_theta` and `rope_scaling`, where it has them, are read in both spellings of transformers;
+    lists become tuples, so that it is hashable.
 
     Attributes:
         MODEL_TYPE: `model_type` of config.json.
@@ -142,6 +143,8 @@ def _value_of(own: dataclasses.Field[Any], hf: Mapping[str, Any]) -> Any:
     """What config.json says of a field, or what it is without."""
     if hf.get(own.name) is not None:
         return _hashable(hf[own.name])
+    if own.name in hf and "None" in str(own.type):
+        return None  # null: another thing than to leave a field out
     return own.metadata["unless_given"](hf) if own.metadata else own.default
 
 

@@ -30,7 +30,7 @@ from funcmodels.models.hf_config import RopeScaling, unless_given
 def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """Windows, where they are used at all, begin above the first layers."""
     full = hf["num_hidden_layers"]
-    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+    if hf.get("sliding_window", 4096):
         full = min(full, hf.get("max_window_layers", 28))
     return ("full_attention",) * full + ("sliding_attention",) * (hf["num_hidden_layers"] - full)
 
@@ -48,7 +48,7 @@ class Config(hf_config.ZooConfig):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int = unless_given(lambda hf: hf["num_attention_heads"])
+    num_key_value_heads: int
     head_dim: int = 128
     max_position_embeddings: int
     rms_norm_eps: float
@@ -56,9 +56,14 @@ class Config(hf_config.ZooConfig):
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     use_sliding_window: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | None = 4096
     layer_types: tuple[str, ...] = unless_given(_layer_types)
     tie_word_embeddings: bool = False
+
+    @classmethod
+    def plain(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without a window that is not used."""
+        return hf if hf.get("use_sliding_window") else {**hf, "sliding_window": None}
 
 
 def params(cfg: Config) -> dict[str, Any]:

@@ -14,6 +14,12 @@ from funcmodels.spec import Model
 ZOO = {
     "FmLlamaForCausalLM": "funcmodels.models.llama",
     "LlamaForCausalLM": "funcmodels.models.llama",
+    "FmGemma2ForCausalLM": "funcmodels.models.gemma2",
+    "Gemma2ForCausalLM": "funcmodels.models.gemma2",
+    "FmMistralForCausalLM": "funcmodels.models.mistral",
+    "MistralForCausalLM": "funcmodels.models.mistral",
+    "FmQwen2ForCausalLM": "funcmodels.models.qwen2",
+    "Qwen2ForCausalLM": "funcmodels.models.qwen2",
     "FmGemma3ForCausalLM": "funcmodels.models.gemma3",
     "Gemma3ForCausalLM": "funcmodels.models.gemma3",
     "FmQwen3ForCausalLM": "funcmodels.models.qwen3",

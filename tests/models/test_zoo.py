@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,17 @@ def test_a_config_made_from_fields_is_the_same(name, variation):
     kind = getattr(transformers, row.architecture).config_class
     told = kind(**{key: v for key, v in written.items() if key != "model_type"}).to_dict()
     assert row.zoo.Config.from_hf(told) == cfg
+
+
+@EVERY_ROW
+def test_fields_left_out_are_what_transformers_takes_them_for(name):
+    row = ROWS[name]
+    needed = [f.name for f in dataclasses.fields(row.zoo.Config)
+              if f.default is dataclasses.MISSING and not f.metadata]  # fmt: skip
+    fields = {key: row.hf[key] for key in ("model_type", *needed) if key in row.hf}
+    kind = getattr(transformers, row.architecture).config_class
+    told = kind(**{key: v for key, v in fields.items() if key != "model_type"}).to_dict()
+    assert row.zoo.Config.from_hf(fields) == row.zoo.Config.from_hf(told)
 
 
 @EVERY_ROW

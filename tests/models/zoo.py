@@ -83,9 +83,8 @@ class Row:
         return importlib.import_module(f"funcmodels.models.{self.module}")
 
     def fields(self, variation: str = "", **changes: Any) -> dict[str, Any]:
-        """config.json of a variation; a field changed to None is left out."""
-        found = {**self.hf, **(self.variations[variation] if variation else {}), **changes}
-        return {key: value for key, value in found.items() if value is not None}
+        """config.json of a variation; None is null."""
+        return {**self.hf, **(self.variations[variation] if variation else {}), **changes}
 
     def model(self, variation: str = "", **changes: Any) -> fm.Model:
         """The tiny model of a variation."""
