@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         verify,
     )
     from compiler.vllm_push import push_weights
+    from funcmodels.train import Fitted, fit
+    from funcmodels.training_checkpoint import Checkpoints
 
 # The compiler is imported on first use, so that training never pays for it, and never needs vLLM.
 _COMPILER = {
@@ -64,6 +66,10 @@ _COMPILER = {
     "trace": "compiler.api",
     "Verified": "compiler.api",
     "verify": "compiler.api",
+    # The loop brings torch.distributed.checkpoint and rich with it.
+    "Checkpoints": "funcmodels.training_checkpoint",
+    "Fitted": "funcmodels.train",
+    "fit": "funcmodels.train",
 }
 
 __version__ = "0.1.0"
@@ -71,9 +77,11 @@ __version__ = "0.1.0"
 __all__ = [
     "DEVICES",
     "Axes",
+    "Checkpoints",
     "CompiledModel",
     "Device",
     "Explanation",
+    "Fitted",
     "Grid",
     "Model",
     "ParallelContext",
@@ -95,6 +103,7 @@ __all__ = [
     "emit",
     "errors",
     "explain",
+    "fit",
     "generate",
     "init",
     "load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MAX_NAMES = 5
 
@@ -67,6 +68,13 @@ class CheckpointError(FuncModelsError):
 
 class TrainingError(FuncModelsError):
     """Training is set up in a way that cannot work, or cannot go on."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is NaN or infinite: `step` and `batch` are those that made it so."""
+
+    step: int
+    batch: Any
 
 
 class TraceError(FuncModelsError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from funcmodels import tree
 from funcmodels.optim.optimizer import Optimizer, is_transformed
@@ -61,8 +63,23 @@ def scale_to_norm(grads: Any, norm: Tensor, max_norm: float, *, donate: bool = F
     """Gradients of norm `norm`, scaled down to `max_norm` where that is less."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
+    # Autograd may give one tensor to two parameters, which would be scaled twice in place.
+    used = Counter(_place(grad) for grad in tree.leaves(grads)) if donate else Counter()
+
     def scale(grad: Tensor) -> Tensor:
         by = factor.to(grad.device, grad.dtype)
-        return grad.mul_(by) if donate else grad * by
+        return (
+            grad.mul_(by)
+            if donate and _place(grad) is not None and used[_place(grad)] == 1
+            else grad * by
+        )
 
     return tree.map(scale, grads)
+
+
+def _place(grad: Tensor) -> int | None:
+    """Where a tensor's memory is; None where that cannot be said, or it overlaps itself."""
+    traced = torch.compiler.is_compiling() or is_transformed(grad) or is_fake(grad)
+    if traced or 0 in grad.stride():
+        return None
+    return grad.untyped_storage().data_ptr()

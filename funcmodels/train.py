@@ -1,0 +1,151 @@
+"""`fm.fit`: a training loop to use, or to read and replace."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from funcmodels import optim, tree
+from funcmodels.finite import first_not_finite, not_finite_gradients, refuse
+from funcmodels.loss import loss as packed_loss
+from funcmodels.spec import Model
+from funcmodels.stop import on_signals
+from funcmodels.train_data import Data, Source, num_tokens, to_device
+from funcmodels.train_log import Log
+from funcmodels.train_resume import keeper_of, restore, save
+from funcmodels.training_checkpoint import Checkpoints
+
+# (model, weights, batch) -> scalar
+Loss = Callable[[Model, Any, Any], Tensor]
+
+
+@dataclass
+class Fitted:
+    """What `fit` returns.
+
+    Args:
+        weights, state: of the model and of the optimiser, after `step` steps.
+        losses: before each step that this call did.
+        stopped: the signal that ended it early, as "SIGTERM".
+    """
+
+    weights: Any
+    state: Any
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    stopped: str | None = None
+
+
+def fit(
+    model: Model,
+    weights: Any,
+    data: Data,
+    *,
+    steps: int,
+    optimizer: optim.Optimizer,
+    loss: Loss = packed_loss,
+    clip: float | None = None,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    evaluate_every: int = 100,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+    save_every: int = 100,
+    resume: bool = True,
+    log: str | os.PathLike[str] | None = None,
+    tensorboard: str | os.PathLike[str] | None = None,
+    compile: bool | str = False,
+    donate: bool = False,
+    progress: bool = True,
+    console: Console | None = None,
+) -> Fitted:
+    """Train, from the newest checkpoint if there is one, to a number of steps.
+
+    SIGINT and SIGTERM end it after the step at work, with a checkpoint; a second one at once.
+
+    Args:
+        data: batches: an iterable, gone through again at its end, or a function of the batch's
+            number. A resumed run goes on where the other stopped.
+        steps: in all, those before a checkpoint included.
+        optimizer: as `fm.optim.adamw(3e-4)`.
+        loss: (model, weights, batch) -> scalar; `fm.loss` on the batches of `fm.pack` by default.
+        clip: the largest norm of all gradients together; they are scaled down to it.
+        evaluate: weights -> {name: number}, called every `evaluate_every` steps and at the end.
+        checkpoints: a folder, or `fm.Checkpoints(folder, keep=3)`; saved every `save_every` steps
+            and at the end: weights, optimiser, random generators, place in the data.
+        resume: False refuses a folder that has checkpoints.
+        log: a JSONL file, a row for each step.
+        tensorboard: a folder; needs the extra `tensorboard`.
+        compile: loss and gradients with `torch.compile`; True, or the name of a backend.
+        donate: train in the memory of `weights` itself, which are overwritten; else in a copy.
+    Raises:
+        NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
+            the first block. The weights were not touched by that step.
+        CheckpointError: the newest checkpoint is of another model or optimiser.
+    """
+    weights = tree.map(lambda w: w.detach() if donate else w.detach().clone(), weights)
+    done = Fitted(weights, optimizer.init(weights))
+    device = tree.leaves(weights)[0].device
+    source, keeper = Source(data), keeper_of(checkpoints, resume)
+    if keeper is not None and (newest := keeper.latest()) is not None:
+        restore(keeper, newest, model, done, source)
+
+    def loss_of(weights: Any, batch: Any) -> Tensor:
+        return loss(model, weights, batch)
+
+    gradients = torch.func.grad_and_value(loss_of)
+    if compile:
+        gradients = torch.compile(gradients, backend=compile if compile is not True else "inductor")
+    leader = not dist.is_initialized() or dist.get_rank() == 0
+    said = Log(
+        step=done.step,
+        steps=steps,
+        jsonl=log if leader else None,
+        tensorboard=tensorboard if leader else None,
+        progress=progress and leader,
+        console=console,
+    )
+    saved = done.step
+    with said, on_signals() as stop:
+        while done.step < steps and not stop.agreed():
+            place, batch = source.position, to_device(source.next(), device)
+            drawn = torch.get_rng_state()
+            grads, value = gradients(done.weights, batch)
+            norm, value = float(optim.global_norm(grads)), float(value)
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                if keeper is not None:
+                    keeper.wait()
+                torch.set_rng_state(drawn)  # the second run draws what the first one drew
+                what, cause = "the loss is not finite", None
+                if math.isfinite(value):
+                    what, cause = "the gradient is not finite", (not_finite_gradients(grads), None)
+                cause = cause or first_not_finite(done.weights, batch, loss_of)
+                raise refuse(f"{what} ({value}, |grad| {norm})", done.step, batch, place, cause)
+            if clip is not None:
+                grads = optim.scale_to_norm(grads, torch.tensor(norm), clip, donate=True)
+            done.weights, done.state = optimizer.update(
+                grads, done.state, done.weights, donate=True
+            )
+            done.step += 1
+            done.losses.append(value)
+            said.step(done.step, loss=value, grad_norm=norm, tokens=num_tokens(batch))
+            if evaluate is not None and (done.step % evaluate_every == 0 or done.step == steps):
+                said.row("evaluation", done.step, **evaluate(done.weights))
+                said.not_training()
+            if keeper is not None and done.step % save_every == 0:
+                save(keeper, model, done, source)
+                saved = done.step
+                said.not_training()
+        done.stopped = stop.asked.name if stop.asked is not None else None
+        if keeper is not None:
+            if saved < done.step:
+                save(keeper, model, done, source)
+            keeper.wait()
+        said.row("end", done.step, stopped=done.stopped)
+    return done
