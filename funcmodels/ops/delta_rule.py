@@ -12,7 +12,7 @@ from torch import Tensor
 from funcmodels.ops.linear_attention import decay_between, memory
 from funcmodels.ops.recurrent import recurrent
 
-CHUNK = 64
+CHUNK = 32
 
 
 def gated_delta_rule(

@@ -13,7 +13,7 @@ from funcmodels.ops.recurrent import recurrent
 from funcmodels.state import State, state
 
 CHUNK = 64
-KEY_CHUNK = 16  # with a decay for each key dim, a chunk holds chunk^2 * key numbers
+KEY_CHUNK = 8  # with a decay for each key dim, a chunk holds chunk^2 * key numbers
 
 
 def gated_linear_attention(
