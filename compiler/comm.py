@@ -25,13 +25,13 @@ class Collective(torch.autograd.Function):
     """A collective whose backward is another one, of (comm, node, args, transposed, *values).
 
     The first four are plain values, so that a compiled graph can hold them: the name of the ranks,
-    that of the node of `compiler.collectives`, its arguments without value and axis, and whether
-    this is its backward.
+    the name of the collective, its arguments without value and axis, and whether this is its
+    backward.
     """
 
     @staticmethod
     def forward(comm: str, name: str, args: tuple, transposed: bool, *xs: Tensor) -> Any:  # type: ignore[override]
-        pair = _PAIRS[_BY_NAME[name]](_COMMS[comm], *args)
+        pair = _PAIRS[name](_COMMS[comm], *args)
         return tuple(pair[transposed](list(xs)))
 
     @staticmethod
@@ -49,7 +49,8 @@ class Collective(torch.autograd.Function):
         return Collective.apply(*ctx.call, *tangents[4:])  # all of them are linear
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, comm: str, name: str, args: Any, back: bool, *xs: Tensor):
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        comm, name, args, back, *xs = inputs
         if name in _OF_DIM:
             args = (args[0] + 1, *args[1:])
         dims = in_dims[4:]
@@ -96,9 +97,17 @@ class Comm:
         totals = zip(self.total(xs), self.ranks, strict=True)
         return [x.chunk(self.size, dim)[rank] for x, rank in totals]
 
+    def start_totals(self, xs: Values) -> Values:
+        """The sum over all ranks of each, not to be read before `wait`."""
+        raise NotImplementedError
+
     def run(self, target: Any, xs: Values, args: tuple) -> Values:
         """Carry out a collective node; args are its own without value and axis."""
-        return list(Collective.apply(self.name, target.__name__, args, False, *xs))  # type: ignore[arg-type]
+        return self.call(target.__name__, xs, *args)
+
+    def call(self, name: str, xs: Values, *args: int) -> Values:
+        """Carry out a collective by its name."""
+        return list(Collective.apply(self.name, name, args, False, *xs))  # type: ignore[arg-type]
 
     def replicas(self, units: int) -> int:
         """On how many ranks each of `units` blocks lies."""
@@ -178,16 +187,26 @@ def _gather_vary(comm: Comm, dim: int) -> Pair:
     return backward, forward
 
 
-_PAIRS: dict[Any, Callable[..., Pair]] = {
-    collectives.all_reduce: _all_reduce,
-    collectives.vary: _vary,
-    collectives.all_gather: _all_gather,
-    collectives.take_block: _take_block,
-    collectives.replica_sum: _replica_sum,
-    collectives.reduce_scatter: _reduce_scatter,
-    collectives.gather_vary: _gather_vary,
+def _vary_late(comm: Comm) -> Pair:
+    return _same, lambda grads: comm.start_totals(grads)
+
+
+def _landed(comm: Comm) -> Pair:
+    return _same, lambda grads: _same([wait(g) for g in grads])
+
+
+_PAIRS: dict[str, Callable[..., Pair]] = {
+    collectives.all_reduce.__name__: _all_reduce,
+    collectives.vary.__name__: _vary,
+    collectives.all_gather.__name__: _all_gather,
+    collectives.take_block.__name__: _take_block,
+    collectives.replica_sum.__name__: _replica_sum,
+    collectives.reduce_scatter.__name__: _reduce_scatter,
+    collectives.gather_vary.__name__: _gather_vary,
+    # A `vary` whose sums are only started; what they came through before must be `landed`.
+    "vary_late": _vary_late,
+    "landed": _landed,
 }
-_BY_NAME = {target.__name__: target for target in _PAIRS}
 _OF_DIM = ("all_gather", "take_block", "reduce_scatter", "gather_vary")  # args[0] is a dim
 
 
@@ -243,6 +262,11 @@ class Processes(Comm):
         return [wait(self.start_scatter(parts.reshape(-1, *parts.shape[2:]))).view(parts.shape[1:])]
 
     # Collectives that are only started: `wait` for the result before its use.
+
+    def start_totals(self, xs: Values) -> Values:
+        flat = self.start_total(torch.cat([x.reshape(-1) for x in xs]))  # of one dtype
+        parts = flat.split([x.numel() for x in xs])
+        return [_own(part.view(x.shape)) for part, x in zip(parts, xs, strict=True)]
 
     def start_total(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""

@@ -1,4 +1,4 @@
-"""`compile_to_torch`: a model as an ordinary `nn.Module`, whole or one rank's part of it."""
+"""`compile_to_torch`: a model as an ordinary `nn.Module`, whole or one process's part of it."""
 
 from __future__ import annotations
 
@@ -6,93 +6,165 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from compiler.check import check_needs
-from compiler.comm import Comm, Processes
-from compiler.evaluate import local_weights, run
+from compiler.evaluate import param_placements
 from compiler.ir import Program
+from compiler.linked import Linked
+from compiler.mesh import Layout, Place, Ranks
 from compiler.partition import Partitioned, partition
+from compiler.reduce import global_mean, summed_late
 from compiler.trace import trace
 from funcmodels import tree
 from funcmodels.errors import ShapeError, ShardingError
-from funcmodels.init import init
+from funcmodels.init import init_one
 from funcmodels.spec import Model
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def compile_to_torch(model: Model, mesh: DeviceMesh | None = None) -> CompiledModel:
+def compile_to_torch(
+    model: Model, mesh: DeviceMesh | None = None, *, sequence_parallel: bool = False
+) -> CompiledModel:
     """A model as a module.
 
-    Without a mesh its forward is the user's own function. With one that has an axis "tp", each
-    process holds its part of the parameters and runs the partitioned program, with differentiable
-    collectives: every gradient is the whole gradient of what the process holds.
+    Without a mesh its forward is the user's own function. A mesh may have any of the dims
+
+    - "dp": each rank has a batch of its own; gradients are summed over the ranks.
+    - "fsdp": as dp, and each rank holds a part of every parameter. The whole ones are gathered for
+      one block at a time and freed after it.
+    - "tp": the ranks share each layer, as the model's axis table says; they have the same batch.
+
+    Then each process holds its part of the parameters, and the gradients are of what it holds: of
+    the sum of the dp and fsdp ranks' losses. `mean` makes the loss the global one.
 
     Args:
         model: the model.
-        mesh: a DeviceMesh with the one dim "tp", or None.
+        mesh: a DeviceMesh with named dims, or None.
+        sequence_parallel: between the layers that tp divides, cut activations over the tokens, and
+            with them norms and residuals.
     Returns:
         A module with parameters on the meta device; fill them with `load` or `reset`.
     Raises:
-        ShardingError: the mesh has other dims, or its size does not divide the model's axes.
+        ShardingError: the mesh has a dim of another name, or a size that the model does not allow.
     """
-    return CompiledModel(model, mesh)
+    return CompiledModel(model, mesh, sequence_parallel=sequence_parallel)
 
 
 class CompiledModel(nn.Module):
     """A model as an `nn.Module`: parameters by their paths in the tree, and `forward`."""
 
-    def __init__(self, model: Model, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, model: Model, mesh: DeviceMesh | None = None, *, sequence_parallel: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
-        self.comm = _comm(mesh)
+        self.mesh = mesh
+        self.ranks = None if mesh is None else Ranks(mesh)
+        self.sequence_parallel = sequence_parallel
+        if sequence_parallel and (self.ranks is None or self.ranks.sizes["tp"] == 1):
+            raise ShardingError(
+                "sequence_parallel needs ranks that share the layers",
+                got=f"mesh sizes {None if self.ranks is None else self.ranks.sizes}",
+                need='a mesh dim "tp" of 2 or more',
+                fix="sequence_parallel=False",
+            )
         self.programs: dict[tuple[bool, bool], Program] = {}
-        program = self.program(batched=False, segments=False)
-        if isinstance(program, Partitioned):
-            assert self.comm is not None
-            check_needs(model, program.needs, self.comm.size)
+        self.linked: dict[Any, Linked] = {}
+        placements = {}
+        if self.ranks is not None and self.ranks.tp is not None:
+            program = self.program(batched=False, segments=False)
+            assert isinstance(program, Partitioned)
+            check_needs(model, program.needs, self.ranks.tp.size)
+            placements = param_placements(program)
+        self.layout = None if self.ranks is None else Layout(model, self.ranks, placements)
         for path, param in model.by_path.items():
-            _put(self, path, torch.empty(param.shape, dtype=param.dtype, device="meta"))
-        if self.comm is not None:
-            self.load(self.weights())
+            shape = param.shape if self.layout is None else self.layout.place(path).size
+            _put(self, path, torch.empty(shape, dtype=param.dtype, device="meta"))
 
-    def program(self, *, batched: bool, segments: bool) -> Program | None:
-        """The partitioned program for a form of the inputs; None without a mesh."""
-        if self.comm is None:
-            return None
+    def program(self, *, batched: bool, segments: bool) -> Program:
+        """The program for a form of the inputs, partitioned where there are tp ranks."""
         key = (batched, segments)
         if key not in self.programs:
             traced = trace(self.model, batched=batched, segments=segments)
-            self.programs[key] = partition(traced, "tp")
+            if self.ranks is not None and self.ranks.tp is not None:
+                traced = partition(traced, "tp")
+            self.programs[key] = traced
         return self.programs[key]
 
+    # Parameters
+
     def weights(self) -> Any:
-        """The parameters as a pytree with the structure of `model.params`."""
+        """The parameters of this process, as a pytree with the structure of `model.params`."""
         own = dict(self.named_parameters())
         return tree.map_with_path(lambda path, _: own[path], self.model.params)
 
     def load(self, weights: Any) -> CompiledModel:
-        """Take over weights: a pytree of whole tensors, of which each rank keeps its part."""
-        values = dict(tree.items(weights))
-        if self.comm is not None:
-            program = self.program(batched=False, segments=False)
-            assert program is not None
-            values = {p: v[0] for p, v in local_weights(program, weights, self.comm).items()}
-        for path, value in values.items():
-            _put(self, path, value.detach().clone())
+        """Take over weights: a pytree of whole tensors, of which each process keeps its part."""
+        for path, value in tree.items(weights):
+            self._take(path, value)
         return self
 
-    def reset(self, *, seed: int, dtype: torch.dtype = torch.float32) -> CompiledModel:
-        """Initialise: the same values at any number of ranks."""
-        return self.load(init(self.model, seed=seed, dtype=dtype))
+    def reset(
+        self,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> CompiledModel:
+        """Initialise: the same values on any mesh."""
+        for path in self.model.by_path:
+            self._take(path, init_one(self.model, path, seed=seed, dtype=dtype, device=device))
+        return self
+
+    def _take(self, path: str, whole: Tensor) -> None:
+        own = whole if self.layout is None else self.layout.local(path, whole)
+        _put(self, path, own.detach().clone(memory_format=torch.contiguous_format))
+
+    def placements(self) -> dict[str, Place]:
+        """Where each parameter of this process lies in the whole one, by path.
+
+        Gradients and the state of an optimiser that have a parameter's shape lie as it does.
+        """
+        if self.layout is not None:
+            return {path: self.layout.place(path) for path in self.model.by_path}
+        shapes = {path: tuple(param.shape) for path, param in self.model.by_path.items()}
+        return {path: Place(shape, (0,) * len(shape), shape) for path, shape in shapes.items()}
+
+    def whole(self, local: Any = None) -> Any:
+        """Whole tensors on every process, from each one's part; all processes must call it.
+
+        Args:
+            local: a pytree as `weights()`, for instance gradients; the weights by default.
+        """
+        local = self.weights() if local is None else local
+        if self.layout is None:
+            return tree.map(lambda x: x.detach(), local)
+        return tree.map_with_path(self.layout.whole, local)
+
+    # The function
 
     def pure(
         self, weights: Any, tokens: Tensor, positions: Tensor, segment_ids: Tensor | None = None
     ) -> Tensor:
-        """The local function: of this rank's weights, for `torch.func`."""
-        if self.comm is None:
+        """The local function: of this process's weights, for `torch.func`."""
+        if self.ranks is None:
             return self.model.forward(weights, tokens, positions, segment_ids)
+        local = dict(tree.items(weights))
+        if self.ranks.dp is not None:
+            local = summed_late(self.ranks.dp, local)
+        if self.ranks.tp is None and self.ranks.fsdp is None:
+            weights = tree.unflatten(self.model.params, local)
+            return self.model.forward(weights, tokens, positions, segment_ids)
+        linked = self._linked(local, tokens, segment_ids)
+        inputs = [tokens, positions, *([] if segment_ids is None else [segment_ids])]
+        return linked(local, inputs)
+
+    def _linked(self, local: dict[str, Tensor], tokens: Tensor, segment_ids: Any) -> Linked:
+        """The program as functions, for what these inputs are."""
+        assert self.layout is not None
         if tokens.ndim not in (1, 2):
             raise ShapeError(
                 f"tokens of {tokens.ndim} dims",
@@ -100,10 +172,25 @@ class CompiledModel(nn.Module):
                 need="(num_tokens,) or (batch, seq)",
                 fix="tokens.flatten(0, -2)",
             )
-        program = self.program(batched=tokens.ndim == 2, segments=segment_ids is not None)
-        assert program is not None
-        local = {path: [value] for path, value in tree.items(weights)}
-        return run(program, local, tokens, positions, self.comm, segment_ids=segment_ids)[0]
+        batched, segments = tokens.ndim == 2, segment_ids is not None
+        undeclared = (p for p, param in self.model.by_path.items() if param.dtype is None)
+        path = next(undeclared, None)
+        dtype = torch.float32 if path is None else local[path].dtype
+        if self.sequence_parallel:
+            self._check_divides(tokens)
+        return _linked_once(self, batched, segments, dtype, tokens.device)
+
+    def _check_divides(self, tokens: Tensor) -> None:
+        """The tokens of a sequence can be cut over the tp ranks."""
+        assert self.ranks is not None
+        seq, tp = tokens.shape[-1], self.ranks.sizes["tp"]
+        if seq % tp:
+            raise ShapeError(
+                "a sequence that the tp ranks do not divide",
+                got=f"{seq} tokens, tp={tp}",
+                need="sequence_parallel: tp divides the last dim of tokens",
+                fix=f"pad to {-(-seq // tp) * tp} tokens, or sequence_parallel=False",
+            )
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None
@@ -121,19 +208,36 @@ class CompiledModel(nn.Module):
             positions = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
         return self.pure(self.weights(), tokens, positions, segment_ids)
 
+    def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean over the batches of all processes: what a loss must be made with on a mesh.
 
-def _comm(mesh: DeviceMesh | None) -> Comm | None:
-    """How the ranks of a mesh reach each other."""
-    if mesh is None:
-        return None
-    if mesh.mesh_dim_names != ("tp",):
-        raise ShardingError(
-            "compile_to_torch knows one mesh axis",
-            got=f"mesh dims {mesh.mesh_dim_names}",
-            need='a mesh with the one dim "tp"',
-            fix='init_device_mesh(device, (n,), mesh_dim_names=("tp",))',
-        )
-    return Processes(mesh.get_group("tp"))
+        sum(weights * values) / sum(weights), both summed over the dp and fsdp ranks too. So ranks
+        that mask different numbers of tokens count as the tokens do. The result is the same on
+        every process, and the gradients of `pure` are its gradients.
+
+        Args:
+            values: one a token, or of any shape.
+            weights: of the shape of values, for instance a loss mask; ones by default.
+        """
+        return global_mean([] if self.ranks is None else self.ranks.of_data, values, weights)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it, and does not look into it
+def _linked_once(
+    module: CompiledModel,
+    batched: bool,
+    segments: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Linked:
+    """The program as functions, made the first time: whatever transforms are at work then."""
+    key = (batched, segments, dtype, device)
+    if key not in module.linked:
+        assert module.layout is not None
+        with temporarily_clear_interpreter_stack(), torch.enable_grad():
+            program = module.program(batched=batched, segments=segments)
+            module.linked[key] = Linked(program, module.layout, dtype, device)
+    return module.linked[key]
 
 
 def _put(module: nn.Module, path: str, value: Tensor) -> None:

@@ -17,7 +17,7 @@ from funcmodels import tree
 from funcmodels.errors import DeclarationError
 
 if TYPE_CHECKING:
-    from funcmodels.spec import Model, Param
+    from funcmodels.spec import Model
 
 InitFunction: TypeAlias = Callable[[tuple[int, ...], torch.Generator], Tensor]
 Initializer: TypeAlias = Literal["normal", "ones", "zeros"] | InitFunction
@@ -59,26 +59,38 @@ def init(
         device: values are drawn on the CPU in float32 and moved, so they are the same everywhere.
     """
 
-    def draw(path: str, param: Param) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(seed, path))
-        if not isinstance(param.init, str):
-            value = param.init(param.shape, generator)
-        elif param.init == "normal":
-            layout = model.tensor_maps[path].tensor_shape()
-            value = torch.randn(param.shape, generator=generator) * (layout or (1,))[-1] ** -0.5
-        else:
-            value = torch.full(param.shape, 1.0 if param.init == "ones" else 0.0)
-        if tuple(value.shape) != param.shape:
-            raise DeclarationError(
-                f"the initialiser of {path} made another shape",
-                got=str(tuple(value.shape)),
-                need=str(param.shape),
-                from_=param.where,
-                fix="return a tensor of the shape it is given",
-            )
-        return value.to(device=device, dtype=param.dtype or dtype)
+    return tree.map_with_path(
+        lambda path, _: init_one(model, path, seed=seed, dtype=dtype, device=device), model.params
+    )
 
-    return tree.map_with_path(draw, model.params)
+
+def init_one(
+    model: Model,
+    path: str,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """One parameter of `init`."""
+    param = model.by_path[path]
+    generator = torch.Generator().manual_seed(seed_of(seed, path))
+    if not isinstance(param.init, str):
+        value = param.init(param.shape, generator)
+    elif param.init == "normal":
+        layout = model.tensor_maps[path].tensor_shape()
+        value = torch.randn(param.shape, generator=generator) * (layout or (1,))[-1] ** -0.5
+    else:
+        value = torch.full(param.shape, 1.0 if param.init == "ones" else 0.0)
+    if tuple(value.shape) != param.shape:
+        raise DeclarationError(
+            f"the initialiser of {path} made another shape",
+            got=str(tuple(value.shape)),
+            need=str(param.shape),
+            from_=param.where,
+            fix="return a tensor of the shape it is given",
+        )
+    return value.to(device=device, dtype=param.dtype or dtype)
 
 
 def seed_of(seed: int, path: str) -> int:

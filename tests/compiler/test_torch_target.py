@@ -1,4 +1,4 @@
-"""compile_to_torch: an ordinary module on one process, and the same model over two."""
+"""compile_to_torch: an ordinary module on one process, and the same model over two tp ranks."""
 
 from __future__ import annotations
 
@@ -143,17 +143,19 @@ def test_a_mesh_that_does_not_divide_is_refused(tmp_path: Path):
         mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("tp",))
         with pytest.raises(ShardingError, match='cannot split axis "vocab"'):
             fm.compile_to_torch(tiny(), mesh)
-        mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("dp",))
-        with pytest.raises(ShardingError, match="knows one mesh axis"):
+        mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("cp",))
+        with pytest.raises(ShardingError, match="knows no mesh dim 'cp'"):
             fm.compile_to_torch(tiny(), mesh)
+        with pytest.raises(ShardingError, match="sequence_parallel needs ranks that share"):
+            fm.compile_to_torch(tiny(), sequence_parallel=True)
     finally:
         dist.destroy_process_group()
 
 
 def test_three_dims_of_tokens_are_refused_on_a_mesh():
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
     try:
-        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
         module = fm.compile_to_torch(tiny(), mesh).reset(seed=0)
         with pytest.raises(ShapeError, match="tokens of 3 dims"):
             module(torch.zeros(1, 2, 3, dtype=torch.int64))

@@ -1,0 +1,178 @@
+"""A program -> Python functions of one rank's tensors: what `compile_to_torch` runs.
+
+Each block becomes a `torch.fx.GraphModule`, in which a node is a plain call: sizes come in as
+arguments, and the dtype, the device, the rank and its collectives are already there. So it runs at
+the speed of the user's own function, and torch.compile sees nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from compiler import collectives
+from compiler.comm import Processes
+from compiler.evaluate import GROUP_FUNCTIONS, RANK_FUNCTIONS
+from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
+from compiler.names import identifier
+from compiler.rules import LocalValues
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a program is linked for.
+
+    Args:
+        symbols: of the sizes, as ("batch", "seq").
+        dtype: of the weights that declare none of their own.
+        device: of the tokens.
+        comm: the ranks of the program's mesh axis; None where it has one rank.
+    """
+
+    symbols: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    comm: Processes | None
+
+
+class Linker:
+    """The blocks of one program, each linked once."""
+
+    def __init__(self, program: Program, setting: Setting) -> None:
+        self.program = program
+        self.setting = setting
+        self.done: dict[str, Function] = {}  # by the block's name
+
+    def block(self, name: str) -> Function:
+        """A callee as `f(*sizes, *inputs, *params)`, which returns a tuple of its results."""
+        if name not in self.done:
+            self.done[name] = self.function(self.program.blocks[name])
+        return self.done[name]
+
+    def function(self, block: Block) -> Function:
+        """A block as `f(*sizes, *inputs, *params)`, with its parameters in their order."""
+        return _BlockLinker(self, block).run()
+
+
+class _BlockLinker:
+    def __init__(self, linker: Linker, block: Block) -> None:
+        self.linker = linker
+        self.setting = linker.setting
+        self.source = block
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.sizes = {name: self.graph.placeholder(name) for name in self.setting.symbols}
+        self.made: dict[str, fx.Node] = {}
+
+    def run(self) -> Function:
+        for node in self.source.inputs:
+            self.env[node] = self.graph.placeholder(f"{identifier(str(node.target))}_in")
+        params = {
+            name: self.graph.placeholder(f"p{i}_{identifier(name)}")
+            for i, name in enumerate(self.source.params)
+        }
+        for node in self.source.graph.nodes:
+            if node.op == "get_attr":
+                self.env[node] = params[str(node.target)]
+            elif node.op == "call_module":
+                self.env[node] = self._call(node, params)
+            elif node.op == "call_function":
+                self.env[node] = self._function(node)
+        self.graph.output(tuple(self.env[node] for node in self.source.results))
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule({}, self.graph, class_name=self.source.name)
+
+    def _call(self, node: fx.Node, params: dict[str, fx.Node]) -> fx.Node:
+        callee = self.linker.block(str(node.target))
+        bound = [params[outer] for outer in binding(node).values()]
+        args = (*self.sizes.values(), *map(self._value, node.args), *bound)
+        new = self.graph.call_function(_named(callee, str(node.target)), args)
+        if isinstance(node.meta["type"], tuple):
+            return new
+        return self.graph.call_function(_first, (new,))
+
+    def _function(self, node: fx.Node) -> fx.Node:
+        if node.target in collectives.ALL:
+            x, *args = node.args
+            run = _collective(self.setting.comm, node.target, tuple(args[:-1]))
+            return self.graph.call_function(run, (self._value(x),))
+        kwargs = dict(node.kwargs)
+        if is_factory(node):
+            kwargs["device"] = self.setting.device
+        return self.graph.call_function(
+            self._on_rank(node.target), self._values(node.args), self._values(kwargs)
+        )
+
+    def _on_rank(self, target: Any) -> Function:
+        """A function, with the rank and its collectives where it asks for them."""
+        comm = self.setting.comm
+        if target in GROUP_FUNCTIONS:
+            group = GROUP_FUNCTIONS[target]
+            return _named(lambda *args, **kwargs: group(comm, [(args, kwargs)])[0], target.__name__)
+        if target in RANK_FUNCTIONS:
+            special = RANK_FUNCTIONS[target]
+            assert comm is not None
+            rank = comm.rank
+            return _named(
+                lambda *args, **kwargs: special(rank, comm, *args, **kwargs), target.__name__
+            )
+        return target
+
+    def _values(self, args: Any) -> Any:
+        return map_aggregate(args, self._value)
+
+    def _value(self, leaf: Any) -> Any:
+        """An argument as it is on this rank."""
+        comm = self.setting.comm
+        if isinstance(leaf, fx.Node):
+            return self.env[leaf]
+        if isinstance(leaf, Sym):
+            return self._size(leaf)
+        if isinstance(leaf, LocalSize):
+            return leaf.at(1 if comm is None else comm.size)
+        if isinstance(leaf, LocalValues):
+            return leaf.at(comm.rank, comm.size) if comm is not None else leaf.values
+        return self.setting.dtype if leaf is MODEL_DTYPE else leaf
+
+    def _size(self, size: Sym) -> fx.Node:
+        """A size: one of the symbols, or an expression of them, computed once."""
+        if size.expr in self.sizes:
+            return self.sizes[size.expr]
+        if size.expr not in self.made:
+            names = list(self.sizes)
+
+            def of(*values: int) -> int:
+                return size.at(dict(zip(names, values, strict=True)))
+
+            self.made[size.expr] = self.graph.call_function(
+                _named(of, "size"), tuple(self.sizes.values())
+            )
+        return self.made[size.expr]
+
+
+def _collective(comm: Processes | None, target: Any, args: tuple) -> Function:
+    """A collective of one tensor; among one rank there is nothing to do."""
+    if comm is None:
+        return _named(lambda x: x, target.__name__)
+    return _named(lambda x: comm.run(target, [x], args)[0], target.__name__)
+
+
+def _first(results: tuple[Tensor, ...]) -> Tensor:
+    return results[0]
+
+
+def _named(fn: Function, name: str) -> Function:
+    """A function under a name of its own in the text of a graph."""
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    named.__name__ = named.__qualname__ = name
+    return named

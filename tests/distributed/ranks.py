@@ -1,0 +1,38 @@
+"""Several processes of a test, over gloo, each running one function."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def on_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """`fn(*args)` in each of n processes; what each returned, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_process, (n, folder, fn, args), nprocs=n, start_method="spawn")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+def _process(rank: int, n: int, folder: str, fn: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=n
+    )
+    try:
+        torch.save(fn(*args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def mesh_of(**sizes: int) -> DeviceMesh:
+    """A mesh of the CPU with dims of these names and sizes."""
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
