@@ -240,7 +240,8 @@ def _vocabulary(program: Partitioned) -> list[Need]:
 
 def _cuts_heads(program: Partitioned) -> bool:
     """Whether all attention is cut by heads: then its own demands say what divides."""
-    calls = [n for b in program.all() for n in b.graph.nodes if n.target is layers.attention]
+    kinds = (layers.attention, layers.latent_attention)
+    calls = [n for b in program.all() for n in b.graph.nodes if n.target in kinds]
     return all(isinstance(n.meta["placement"], Shard) for n in calls)
 
 

@@ -83,6 +83,21 @@ def attention(
     return ops.attention(*heads, **settings).reshape(q.shape[0], -1)
 
 
+def latent_attention(
+    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, kv: Tensor, **settings: Any
+) -> Tensor:
+    """`ops.latent_attention`, with the keys and values that `kv_b_proj` makes of the latent.
+
+    The layer is given that linear, not its result: while decoding, the engine multiplies queries
+    and outputs by the two halves of its matrix instead. `latent` is what is cached, with `k_rope`.
+    """
+    tokens, heads, nope = q_nope.shape
+    kv = kv.reshape(tokens, heads, -1)
+    key = torch.cat((kv[..., :nope], k_rope.expand(-1, heads, -1)), dim=-1)
+    query, scale = torch.cat((q_nope, q_rope), dim=-1), settings.get("scale")
+    return ops.attention(query, key, kv[..., nope:], scale=scale).reshape(tokens, -1)
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:

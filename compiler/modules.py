@@ -27,6 +27,7 @@ NORMS = (layers.add_rms_norm, ops.rms_norm, ops.layer_norm)
 WITHOUT_WEIGHTS = {
     layers.rotary: "rotary_emb",
     layers.attention: "attn",
+    layers.latent_attention: "attn",
     layers.silu_and_mul: "act_fn",
     layers.gelu_and_mul: "act_fn",
 }
@@ -237,7 +238,7 @@ class _Planner:
             for shard, param, matrix, leaf in rows:
                 path = names[str(param.target)]  # type: ignore[union-attr]
                 layout = _layout(self.maps[path], matrix if kind == "weight" else None)
-                if kind == "weight":
+                if kind == "weight" and not is_given(node):
                     self.lora_target(self.maps[path], _sides(self.maps[path], matrix))
                 sizes = self.maps[path].sizes if layout else ()
                 self.plan.tensors[self.maps[path].names[0]] = Destination(
@@ -283,6 +284,13 @@ class _Planner:
                 from_=self.program.model.by_path[path].where,
                 fix="declare a second parameter",
             )
+
+
+def is_given(node: fx.Node) -> bool:
+    """Whether a layer is handed to another one, which calls it or multiplies in its own way."""
+    return node.target is layers.linear and any(
+        user.target is layers.latent_attention and user.args[4] is node for user in node.users
+    )
 
 
 def _is_layer(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
@@ -52,6 +53,78 @@ class FastSiluAndMul(SiluAndMul):
     def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+
+class LatentAttention(nn.Module):
+    """Attention to keys and values that a linear makes of a latent.
+
+    The latent is cached where the engine says that it does so: by the model_type of config.json,
+    unless VLLM_MLA_DISABLE=1. Elsewhere keys and values are, padded to one width.
+    """
+
+    def __init__(
+        self,
+        kv_b_proj: nn.Module,
+        num_heads: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        kv_lora_rank: int,
+        scale: float,
+        vllm_config: VllmConfig,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.kv_b_proj = kv_b_proj
+        self.num_heads = num_heads
+        self.v_head_dim = v_head_dim
+        self.width = max(qk_nope_head_dim + qk_rope_head_dim, v_head_dim)
+        self.caches_latent = vllm_config.model_config.use_mla
+        cache = {
+            "cache_config": vllm_config.cache_config,
+            "quant_config": vllm_config.quant_config,
+            "prefix": prefix,
+        }
+        if not self.caches_latent:
+            self.attn = Attention(num_heads, self.width, scale, **cache)
+            return
+        self.attn = MLAAttention(
+            num_heads=num_heads,
+            scale=scale,
+            qk_nope_head_dim=qk_nope_head_dim,
+            qk_rope_head_dim=qk_rope_head_dim,
+            v_head_dim=v_head_dim,
+            q_lora_rank=None,
+            kv_lora_rank=kv_lora_rank,
+            kv_b_proj=kv_b_proj,
+            **cache,
+        )
+        cached, sizes = self.attn.head_size, self.attn.attn_backend.get_supported_head_sizes()
+        if sizes and cached not in sizes:  # the engine does not ask on a CPU, and fails later
+            raise ValueError(
+                f"{self.attn.attn_backend.get_name()} caches no latents of this size\n"
+                f"  got:  kv_lora_rank + qk_rope_head_dim = {cached}\n"
+                f"  need: one of {', '.join(map(str, sizes))}\n"
+                "  fix:  VLLM_MLA_DISABLE=1 in the environment: keys and values are cached instead"
+            )
+
+    def forward(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+    ) -> torch.Tensor:
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        if self.caches_latent:
+            shape = torch.Size((q.shape[0], self.num_heads * self.v_head_dim))
+            return self.attn(q, latent, k_rope, output_shape=shape)
+        kv, _ = self.kv_b_proj(latent)
+        k_nope, v = kv.unflatten(-1, (self.num_heads, -1)).tensor_split([q_nope.shape[-1]], -1)
+        k = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1)), dim=-1)
+        q, k, v = (F.pad(x, (0, self.width - x.shape[-1])).flatten(1) for x in (q, k, v))
+        out = self.attn(q, k, v).unflatten(-1, (self.num_heads, -1))
+        return out[..., : self.v_head_dim].flatten(1)
 
 
 class AdaptersApart:

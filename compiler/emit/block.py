@@ -11,7 +11,7 @@ from compiler.emit.layers import BUILDERS
 from compiler.emit.scope import Module, Scope
 from compiler.emit.text import call
 from compiler.ir import Block, LocalSize, TensorType, tensor_type
-from compiler.modules import Placed
+from compiler.modules import Placed, is_given
 from compiler.placement import Shard
 from compiler.rewrite import is_call
 
@@ -151,6 +151,8 @@ def statement(scope: Scope, node: fx.Node, indent: int) -> list[str]:
     if attr is None:
         text = expressions.expression(scope, node)
         return [f"{pad}{_targets(scope, node)} = {text}"]
+    if is_given(node):
+        return []
     layer = BUILDERS[node.target](scope, node, attr)
     text = layer.call.format(f"self.{attr}")
     if layer.targets.startswith("first "):

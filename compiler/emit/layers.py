@@ -184,13 +184,7 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
     is_causal = s.get("causal", True)
     if not is_causal:
         check_encoder(scope, node)
-    if s.get("segment_ids") is not None:
-        raise LoweringError(
-            "segment ids are computed inside forward",
-            need="the segment_ids argument of forward, or none: requests are apart in the engine",
-            from_=node.meta["where"],
-            fix="pass forward's segment_ids on",
-        )
+    refuse_segments(node)
     q, k, v = node.args[:3]
     head_dim, v_head_dim = s["head_dim"], s["v_head_dim"]
     size = scope.module.size("head_dim", head_dim)  # type: ignore[arg-type]
@@ -202,10 +196,10 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
     if s.get("window") is None:
         checks = [f"{scope.module.help('check_full_attention')}(vllm_config)"]
     settings: dict[str, str | None] = {
-        "num_heads": _heads(scope, q, s["heads"]),
+        "num_heads": local_heads(scope, q, s["heads"]),
         "head_size": size,
         "scale": f"{size}**-0.5" if default else repr(scale),
-        "num_kv_heads": _heads(scope, k, s["kv_heads"]),
+        "num_kv_heads": local_heads(scope, k, s["kv_heads"]),
         "alibi_slopes": _slopes(scope, slopes),
         "cache_config": "vllm_config.cache_config",
         "quant_config": "vllm_config.quant_config",
@@ -213,14 +207,25 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "per_layer_sliding_window": None if s.get("window") is None else repr(s["window"]),
         "sinks": scope.value(sinks) if sinks is not None else None,
         "head_size_v": str(v_head_dim) if v_head_dim != head_dim else None,
-        "prefix": _attention_prefix(scope, attr),
+        "prefix": attention_prefix(scope, attr),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (q, k, v))})"
     kind = scope.module.use("Attention" if is_causal else "EncoderOnlyAttention")
     return Layer(kind, kwargs(settings), call, checks=checks)
 
 
-def _attention_prefix(scope: Scope, attr: str) -> str:
+def refuse_segments(node: fx.Node) -> None:
+    """Segments of forward's own are not traced for the engine: these are others."""
+    if node.kwargs.get("segment_ids") is not None:
+        raise LoweringError(
+            "segment ids are computed inside forward",
+            need="the segment_ids argument of forward, or none: requests are apart in the engine",
+            from_=node.meta["where"],
+            fix="pass forward's segment_ids on",
+        )
+
+
+def attention_prefix(scope: Scope, attr: str) -> str:
     """The engine tells layers apart by the one number in their names: some need one made up."""
     names = [f"{anchor}.{attr}".split(".") for anchor in scope.placed.anchors]
     if all(sum(part.isdigit() for part in name) == 1 for name in names):
@@ -228,7 +233,7 @@ def _attention_prefix(scope: Scope, attr: str) -> str:
     return f"{scope.module.help('numbered')}({prefix_of(attr)}, vllm_config)"
 
 
-def _heads(scope: Scope, x: Any, count: Any) -> str:
+def local_heads(scope: Scope, x: Any, count: Any) -> str:
     """How many heads a rank has."""
     at = x.meta["placement"]
     if not isinstance(at, Shard):

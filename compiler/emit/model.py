@@ -34,6 +34,7 @@ _STRUCTURE = (
     "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "hidden_act", "rope_theta",
     "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "layer_types",
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 
 

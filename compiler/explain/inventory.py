@@ -26,6 +26,7 @@ from compiler.emit.model import module_of
 from compiler.emit.scope import Scope
 from compiler.explain.records import BlockView, Collective, Parameter, Stage, Step, Work
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Sym, TensorType, binding, target_name
+from compiler.latent_cache import cached_of_latent
 from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
 from compiler.placement import Shard
@@ -35,6 +36,7 @@ from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
 from compiler.why import is_product, is_view, why_plain
 from funcmodels import ops
+from funcmodels.config_json import config_of_fields
 from funcmodels.source import SourceLine
 from funcmodels.spec import Param
 
@@ -259,6 +261,8 @@ class Inventory:
     def _layer_work(self, node: fx.Node) -> Work:
         if node.target is layers.attention:
             return self._attention_work(node)
+        if node.target is layers.latent_attention:
+            return self._latent_work(node)
         params = [n for n in node.all_input_nodes if is_param(n)]
         in_layer = node.target in BUILDERS
         sizes = [prod(self._param_shape(n, in_layer)) for n in params]
@@ -285,6 +289,19 @@ class Inventory:
             attention_flops=2 * heads * dims,
             kv_bytes=kv_heads * dims * self.setting.kv_dtype.itemsize if cached else 0,
             window=s.get("window"),
+        )
+
+    def _latent_work(self, node: fx.Node) -> Work:
+        q_nope, q_rope, latent = (self._local(n) for n in node.args[:3])  # type: ignore[arg-type]
+        heads, nope, rope, rank = *q_nope[1:], q_rope[2], latent[1]
+        dv = self._local(node)[1] // heads
+        kept, text = cached_of_latent(config_of_fields(self.program.model), rank, rope)
+        if not kept:
+            kept, text = 2 * heads * max(nope + rope, dv), text.format(max(nope + rope, dv))
+        return Work(
+            attention_flops=2 * heads * (nope + rope + dv),
+            kv_bytes=kept * self.setting.kv_dtype.itemsize,
+            cached=text,
         )
 
     def _heads(self, x: Any, count: int) -> int:

@@ -255,6 +255,8 @@ def _costs(step: Step) -> list[str]:
         rows.append(["arithmetic", f"{quantity(work.attention_flops, 'FLOP')} a pair of tokens"])
     if work.kv_bytes:
         rows.append(["KV cache", f"{bytes_text(work.kv_bytes)} a token"])
+    if work.cached:
+        rows.append(["cached", work.cached])
     if work.window is not None:
         rows.append(["window", f"{work.window:,} tokens"])
     if step.collective is not None:

@@ -91,6 +91,7 @@ class Work:
         kv_bytes: of the KV cache, for each token.
         window: how many tokens attention looks back at, or None for all.
         is_per_sample: whether it is done for the tokens that are sampled from alone.
+        cached: what the KV cache holds of a token, where that is not its keys and values.
     """
 
     flops: int = 0
@@ -100,6 +101,7 @@ class Work:
     kv_bytes: int = 0
     window: int | None = None
     is_per_sample: bool = False
+    cached: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 def tables(found: Explanation) -> Iterator[Table | Text]:
     """The totals, the parameters of each block, what is left to torch, what is sent, and times."""
     yield _totals(found)
+    cached = [step.work.cached for block in found.blocks for step in block.steps]
+    for text in dict.fromkeys(filter(None, cached)):
+        yield Text(f"Cached for each token and layer: {text}\n")
     for block in found.blocks:
         if block.parameters:
             yield _parameters(found, block)

@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from compiler import layers
@@ -22,7 +23,8 @@ def flatten_heads(block: Block) -> Block:
     ->
         q2, k2 = rotary(positions, flat(q), flat(k)); o = attention(q2, k2, flat(v))
                                                                      # (num_tokens, heads*64)
-    with reshapes around each, which `cancel_reshapes` takes away between them.
+    with reshapes around each, which `cancel_reshapes` takes away between them. Where values are
+    not as wide as keys, the narrower are padded with zeros, and the output is cut.
     """
     for node in calls_of(block, ops.rope):
         _flatten_rope(block, node)
@@ -62,7 +64,7 @@ def _flatten_rope(block: Block, node: fx.Node) -> None:
             like=user,
             name=user.name,
         )
-        replace_with(block, user, _heads(block, user, part, like=user))
+        replace_with(block, user, in_heads(block, user, part, like=user))
     block.graph.erase_node(node)
 
 
@@ -72,13 +74,17 @@ def _flatten_attention(block: Block, node: fx.Node) -> None:
         return
     _, heads, head_dim = tensor_type(q).shape  # type: ignore[arg-type]
     _, kv_heads, v_head_dim = tensor_type(v).shape  # type: ignore[arg-type]
-    flat = tuple(_flat(block, node, n) for n in (q, k, v))  # type: ignore[arg-type]
-    settings = {
+    wide = max(head_dim, v_head_dim)  # type: ignore[type-var]
+    flat = tuple(_flat(block, node, _padded(block, node, n, wide)) for n in (q, k, v))
+    settings: dict[str, Any] = {
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "v_head_dim": v_head_dim,
+        "head_dim": wide,
+        "v_head_dim": wide,
     }
+    settings |= node.kwargs
+    if wide != head_dim and settings.get("scale") is None:
+        settings["scale"] = head_dim**-0.5  # type: ignore[operator]
     dtype, (tokens, _, _) = tensor_type(node).dtype, tensor_type(node).shape
     at = node.meta["placement"]
     new = insert(
@@ -86,12 +92,25 @@ def _flatten_attention(block: Block, node: fx.Node) -> None:
         node,
         layers.attention,
         flat,
-        {**settings, **node.kwargs},
-        type=TensorType(dtype, (tokens, heads * v_head_dim)),  # type: ignore[operator]
+        settings,
+        type=TensorType(dtype, (tokens, heads * wide)),  # type: ignore[operator]
         placement=Shard(1, at.units, at.axis) if isinstance(at, Shard) else at,
         name="attn_output",
     )
-    replace_with(block, node, _heads(block, node, new, like=node))
+    out = in_heads(block, node, new, like=node, head_dim=wide)
+    if wide != v_head_dim:
+        cut = (Ellipsis, slice(None, v_head_dim))
+        out = insert(block, node, operator.getitem, (out, cut), like=node)
+    replace_with(block, node, out)
+
+
+def _padded(block: Block, before: fx.Node, x: Any, wide: Any) -> fx.Node:
+    """Zeros after each head: the engine's caches hold keys and values of one width."""
+    tokens, heads, d = tensor_type(x).shape
+    if d == wide:
+        return x
+    kind = TensorType(tensor_type(x).dtype, (tokens, heads, wide))
+    return insert(block, before, F.pad, (x, (0, wide - d)), type=kind, like=x)
 
 
 def _flat(block: Block, before: fx.Node, x: fx.Node) -> fx.Node:
@@ -111,11 +130,15 @@ def _flat(block: Block, before: fx.Node, x: fx.Node) -> fx.Node:
     )
 
 
-def _heads(block: Block, before: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
-    """(num_tokens, heads*d) as (num_tokens, heads, d)."""
-    _, heads, d = tensor_type(like).shape
-    at = like.meta["placement"]
-    return insert(block, before, torch.reshape, (x, (-1, _local(heads, at), d)), like=like)
+def in_heads(
+    block: Block, before: fx.Node, x: fx.Node, like: fx.Node, head_dim: int | None = None
+) -> fx.Node:
+    """(num_tokens, heads*d) as (num_tokens, heads, d); d is that of `like` unless given."""
+    tokens, heads, d = tensor_type(like).shape
+    at, d = like.meta["placement"], head_dim or d
+    kind = TensorType(tensor_type(like).dtype, (tokens, heads, d))
+    shape = (-1, _local(heads, at), d)
+    return insert(block, before, torch.reshape, (x, shape), type=kind, like=like)
 
 
 def _local(size: Any, at: Any) -> Any:

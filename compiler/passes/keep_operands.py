@@ -29,7 +29,8 @@ _VIEWS = {
 }  # fmt: skip
 _PARTS = (torch.split, torch.chunk, torch.unbind)  # of which each result is memory of its own
 _OURS = (layers.linear, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
-         layers.vocab_embedding, layers.logits, rms_norm_over_ranks)  # fmt: skip
+         layers.vocab_embedding, layers.latent_attention,
+         layers.logits, rms_norm_over_ranks)  # fmt: skip
 
 # A piece of memory: the node that made it, then which part of which split; a prefix contains it.
 Piece = tuple[Any, ...]

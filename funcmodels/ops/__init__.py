@@ -7,6 +7,7 @@ from funcmodels.ops.embed import embed, unembed
 from funcmodels.ops.glu import geglu, swiglu
 from funcmodels.ops.linear_attention import gated_linear_attention
 from funcmodels.ops.loss import cross_entropy
+from funcmodels.ops.latent_attention import latent_attention
 from funcmodels.ops.moe import experts
 from funcmodels.ops.norm import layer_norm, rms_norm
 from funcmodels.ops.recurrent import recurrent
@@ -24,6 +25,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_linear_attention",
     "geglu",
+    "latent_attention",
     "layer_norm",
     "recurrent",
     "rms_norm",

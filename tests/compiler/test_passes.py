@@ -22,7 +22,18 @@ from compiler.trace import trace
 from compiler.verify import verify
 from funcmodels import ops
 from tests.compiler.engine_memory import engine_memory
-from tests.compiler.programs import TABLE, allowed, axes, inputs_of, on_ranks, small, weights_of
+from tests.compiler.programs import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    TABLE,
+    allowed,
+    axes,
+    inputs_of,
+    on_ranks,
+    small,
+    weights_of,
+)
 from tests.compiler.random_programs import Spec, model_of, specs
 from tests.tiny_llama import tiny
 
@@ -97,11 +108,28 @@ def norms_heads(p, x, positions):
     return einsum(q, p["o"], "... h d, e h d -> ... e")
 
 
+@fm.block
+def latent(p, x, positions):
+    q = einsum(x, p["q"], "... e, h d e -> ... h d")
+    q_nope, q_rope = q.split([q.shape[-1] - 2, 2], dim=-1)
+    k_rope = einsum(x, p["k_rope"], "... e, r e -> ... r").unsqueeze(-2)
+    q_rope, k_rope = ops.rope(q_rope, k_rope, positions, theta=100.0)
+    o = ops.latent_attention(q_nope, q_rope, x, k_rope, p["kv_up"])
+    return einsum(o, p["o"], "... h d, e h d -> ... e")
+
+
 QKVO = {
     "q": P("heads head_dim hidden"),
     "k": P("kv_heads head_dim hidden"),
     "v": P("kv_heads head_dim hidden"),
     "o": P("hidden heads head_dim"),
+}
+UP = fm.axes(rope=2, heads=HEADS, up=2 * HEAD_DIM, v=HEAD_DIM + 2, hidden=HIDDEN)
+LATENT = {
+    "q": QKVO["q"],
+    "k_rope": UP("rope hidden"),
+    "kv_up": UP("heads up hidden"),
+    "o": UP("hidden heads v"),
 }
 GATED = {"gate": P("mlp hidden"), "up": P("mlp hidden"), "down": P("hidden mlp")}
 BIASED = {**GATED, "gate_bias": P("mlp"), "bias": P("hidden"), "norm": P("hidden")}
@@ -113,6 +141,7 @@ SHOWN: dict[str, tuple[Any, dict[str, fm.Param], str]] = {
         {"q": QKVO["q"], "o": QKVO["o"], "norm": P("heads_dim")},
         "norms_heads",
     ),
+    "lower_latent_attention": (latent, LATENT, "latent"),
     "lower_linear": (gated, GATED, "gated"),
     "fuse_bias": (biased, BIASED, "biased"),
     "silu_and_mul": (gated, GATED, "gated"),

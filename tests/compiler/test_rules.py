@@ -122,6 +122,12 @@ def mixed(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, **settings: Any) ->
     return ops.experts(x, weights, 3 * ids, gate, up, down, **{"activation": "silu", **settings})
 
 
+def latent(t: Tensor, s: Tensor, q: Tensor, r: Tensor, up: Tensor, z: Tensor, k: Tensor) -> Tensor:
+    """Queries, a latent and a rope key that differ from token to token."""
+    a, b = (f(n + 1.0)[:, None, None].to(q.dtype) for f, n in ((torch.sin, t), (torch.cos, s)))
+    return ops.latent_attention(a * q, b * r, (a * z).squeeze(-2), (a + b) * k, up)
+
+
 OAI = {"activation": "swigluoai", "alpha": 1.7, "limit": 0.5}
 
 ROWS = [
@@ -362,6 +368,12 @@ ROWS = [
         torch.sin(s + 2.0)[:, None, None] * k, sinks=sinks,
         alibi_slopes=tuple(0.1 * i for i in range(1, 13))),
         "heads/tp hd", "heads/tp hd", "heads", tokens=True),
+    row("latent attention", latent, "heads/tp hd", "heads/tp d", "heads/tp c b", "b", "one d",
+        tokens=True),
+    row("latent attention by its weights", latent, "heads hd", "heads d", "heads/tp c b", "b",
+        "one d", tokens=True),
+    row("latent attention of a cut latent", latent, "heads hd", "heads d", "heads c b", "b/tp",
+        "one d", tokens=True, gathers=True, parts=(1, 2, 4)),
     # No rule: gathered, and right
     row("no rule", lambda x: torch.renorm(x, 2, 0, 1.0), "a/tp b", gathers=True),
 ]  # fmt: skip

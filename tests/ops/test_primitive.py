@@ -11,8 +11,8 @@ from funcmodels import ops
 from funcmodels.ops.primitive import ALL
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, DIM = 11, 8, 4, 2, 4
-NAMES = ["embed", "rms_norm", "rope", "attention", "swiglu", "geglu", "experts", "layer_norm"]
-NAMES += ["unembed"]
+NAMES = ["embed", "rms_norm", "rope", "attention", "swiglu", "geglu", "experts"]
+NAMES += ["latent_attention", "layer_norm", "unembed"]
 LOSSES = ["cross_entropy"]  # not in a forward function
 
 
@@ -41,6 +41,8 @@ def model(p, tokens, positions, softcap=None, scaling=None):
     x = x + ops.geglu(ops.swiglu(x, x), x, approximate="tanh")
     top, ids = x[..., :3].topk(2, dim=-1)
     x = x + ops.experts(x, top, ids, p["up"], p["up"], p["down"], activation="silu")
+    o = ops.latent_attention(q[..., :2], q[..., 2:], x, k[..., :1, 2:], p["q"])
+    x = x + torch.einsum("...hd,ehd->...e", o, p["o"][..., :2])
     return ops.unembed(ops.layer_norm(x, p["norm"], eps=1e-5), p["embed"])
 
 
