@@ -98,6 +98,38 @@ def latent_attention(
     return ops.attention(query, key, kv[..., nope:], scale=scale).reshape(tokens, -1)
 
 
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    matrices: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    *,
+    kind: str,
+    **settings: Any,
+) -> Tensor:
+    """`ops.experts` of (gate, up, down), and biases or none, on one rank: all but "replicated" cut.
+
+    Of "row" the sum over ranks is taken, of "row_partial" it is left pending.
+    """
+    gate_bias, up_bias, down_bias = biases or (None, None, None)
+    named = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    gate, up, down = matrices
+    return ops.experts(x, weights, ids, gate, up, down, **named, **settings)
+
+
+def _experts(comm: Comm, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
+    """Experts on all ranks; the bias after them is the first rank's alone."""
+    kind = calls[0][1]["kind"]
+    out = []
+    for rank, (args, kwargs) in zip(comm.ranks, calls, strict=True):
+        *rest, biases = args
+        if biases and kind != "replicated" and rank > 0:
+            biases = (*biases[:2], None)
+        out.append(experts(*rest, biases, **kwargs))
+    return comm.run(collectives.all_reduce, out, ()) if kind == "row" else out
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -139,6 +171,7 @@ def _logits(comm: Comm, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
     return comm.run(collectives.all_gather, parts, (parts[0].ndim - 1, comm.size))
 
 
+GROUP_FUNCTIONS[experts] = _experts
 GROUP_FUNCTIONS[linear] = _linear
 GROUP_FUNCTIONS[vocab_embedding] = _vocab_embedding
 GROUP_FUNCTIONS[logits] = _logits

@@ -32,6 +32,7 @@ class Loading:
         head: the tensor that is the table of embedding and unembedding in one.
         split: tensors that are stacked -> their parts, in order.
         repeated: tensors that several layers have -> what each has it as.
+        experts: pattern of tensors that hold all experts -> each one's name, with {} for it.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
         lora_targets: the same, of the modules that adapters may change.
     """
@@ -49,6 +50,7 @@ class Loading:
 
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: dict[str, str] = field(default_factory=dict)
 
     def tensor_lines(self, module: Module) -> list[str]:
         """The tables `TENSORS` and `LORA_TARGETS`."""
@@ -59,6 +61,7 @@ class Loading:
             "# What of it adapters may change.",
             *_names_table(module, "LORA_TARGETS", self.lora_targets),
             *self.split_lines(),
+            *self.expert_lines(module),
         ]
 
     def split_lines(self) -> list[str]:
@@ -73,6 +76,15 @@ class Loading:
             "# Tensors that several layers have.",
             *table("REPEATED", _lists(self.repeated)),
         ]
+
+    def expert_lines(self, module: Module) -> list[str]:
+        """The table `EXPERT_TENSORS`, where one tensor holds all experts."""
+        if not self.experts:
+            return []
+        module.use("re")
+        rows = {f"re.compile({_raw(name)})": _raw(new) for name, new in self.experts.items()}
+        what = "# Tensors that hold all experts, and the name of each."
+        return ["", what, *table("EXPERT_TENSORS", rows)]
 
     def mapper_lines(self, module: Module) -> list[str]:
         """The class attribute `hf_to_vllm_mapper`."""
@@ -119,6 +131,8 @@ class Loading:
         read = ["        weights = read_tensors(weights)"]
         if self.split or self.repeated:
             read += [f"        weights = {module.help('take_apart')}(weights, SPLIT, REPEATED)"]
+        if self.experts:
+            read += [f"        weights = {module.help('each_expert')}(weights, EXPERT_TENSORS)"]
         if not self.layouts:
             return [head, *read, *loader]
         module.use("rearrange")
@@ -164,6 +178,7 @@ def loading_of(plan: Plan, model: Model) -> Loading:
                 loading.regex[of] = new if one else _unfused(to)
             if to.layout is not None:
                 loading.layouts[of] = (to.layout, _needed(to))
+    loading.experts = dict(_template(name, each) for name, each in plan.split.items())
     loading.ignored = (*map(_glob, model.hf_ignored), *_unused(plan, model))
     loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
     if plan.head is not None:
@@ -184,7 +199,8 @@ def _unused(plan: Plan, model: Model) -> list[str]:
     """Patterns of the tensors that no operation reads, as a gate of the first layer alone."""
     names = [n for path in model.by_path for n in model.tensor_maps[path].names]
     found = []
-    for name, indices in _compact([n for n in names if n not in plan.tensors]).items():
+    known = {*plan.tensors, *plan.split}
+    for name, indices in _compact([n for n in names if n not in known]).items():
         parts = (f"(?:{'|'.join(map(str, values))})" for values in indices)
         found.append(re.sub(r"\\\*", lambda _: next(parts), f"^{re.escape(name)}$"))  # noqa: B023
     return found

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from compiler import layers
+from compiler.experts_place import expert_tensors, experts_name, leaves_of, without_spread
 from compiler.ir import Block, Program, binding
 from compiler.names import identifier, unique
 from compiler.rewrite import is_param
@@ -61,6 +62,7 @@ class Placed:
     calls: dict[fx.Node, str] = field(default_factory=dict)
     bare: dict[str, str] = field(default_factory=dict)
     anchors: list[str] = field(default_factory=list)  # module path of each of its instances
+    leaves: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of experts: their matrices
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Plan:
         inner: the attribute, and module path, of the model without its head: "model".
         blocks: by block name; the root's two parts under "forward" and "compute_logits".
         tensors: checkpoint tensor -> where it goes.
+        split: checkpoint tensor that holds all experts -> each one's name, with {} for the expert.
         fused: fused module name -> the checkpoint's module names, for `packed_modules_mapping`.
         lora_targets: the checkpoint's names of linears and embeddings that adapters may change.
         tied: whether the unembedding's table is the embedding's.
@@ -80,6 +83,7 @@ class Plan:
     inner: str
     blocks: dict[str, Placed] = field(default_factory=dict)
     tensors: dict[str, Destination] = field(default_factory=dict)
+    split: dict[str, str] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
     lora_targets: list[str] = field(default_factory=list)
     tied: bool = False
@@ -131,6 +135,9 @@ class _Planner:
         for node, attr in placed.layers.items():
             if node.target is layers.linear:
                 self.linear(node, names, _join(anchor, attr))
+            elif node.target is layers.experts:
+                self.experts(node, names, _join(anchor, attr))
+                placed.leaves[attr] = leaves_of(node, names, self.maps)
             elif node.target not in WITHOUT_WEIGHTS:
                 for param in _params(node):
                     if str(param.target) not in skip:
@@ -187,6 +194,8 @@ class _Planner:
             return "lm_head"  # what vLLM's adapters look for, whatever the checkpoint calls it
         weights = [str(p.target) for p in _weights(node)]
         modules = [_module(self.tensor(names[w])) for w in weights]
+        if node.target is layers.experts:
+            return experts_name([_below(_parent(m), anchor) for m in modules])
         parents = {_parent(m) for m in modules}
         if len(parents) == 1 and (below := _below(modules[0], anchor)) is not None:
             leaf = fused_name([m.rpartition(".")[2] for m in modules])
@@ -222,7 +231,7 @@ class _Planner:
 
     def tensor(self, path: str) -> str:
         """The checkpoint's name of a parameter, with the beginning of the module tree."""
-        return _join(self.prefix, self.maps[path].names[0])
+        return _join(self.prefix, without_spread(self.maps[path]))
 
     def linear(self, node: fx.Node, names: dict[str, str], module: str) -> None:
         """Send the weights and biases of a linear to its parameters."""
@@ -249,6 +258,16 @@ class _Planner:
                     layout,
                     sizes,
                 )
+
+    def experts(self, node: fx.Node, names: dict[str, str], module: str) -> None:
+        """Send the tensors of experts to their layer, one expert at a time."""
+        for tensor in expert_tensors(node, names, self.maps, module):
+            if tensor.template is not None:
+                self.plan.split[tensor.name] = tensor.template
+            for part in tensor.parts:
+                name = tensor.name if tensor.template is None else part
+                to = Destination(part, layout=tensor.layout, sizes=tensor.sizes)
+                self.plan.tensors[name] = to
 
     def leaves(self, weights: list[fx.Node], names: dict[str, str]) -> list[str]:
         """What the parts of a layer are called in it: as in the checkpoint, where that differs."""
@@ -295,7 +314,7 @@ def is_given(node: fx.Node) -> bool:
 
 def _is_layer(node: fx.Node) -> bool:
     """Whether a node becomes a module that holds parameters."""
-    if node.target in (layers.linear, layers.vocab_embedding, layers.logits):
+    if node.target in (layers.linear, layers.experts, layers.vocab_embedding, layers.logits):
         return True
     return (
         node.target in NORMS
@@ -314,6 +333,8 @@ def _params(node: fx.Node) -> list[fx.Node]:
 
 def _weights(node: fx.Node) -> list[fx.Node]:
     """The parameters that a layer is named after."""
+    if node.target is layers.experts:
+        return list(node.args[3])  # type: ignore[arg-type]
     return list(node.args[1]) if node.target is layers.linear else _params(node)[:1]  # type: ignore[arg-type]
 
 

@@ -25,6 +25,7 @@ from vllm.distributed import (
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
@@ -125,6 +126,48 @@ class LatentAttention(nn.Module):
         q, k, v = (F.pad(x, (0, self.width - x.shape[-1])).flatten(1) for x in (q, k, v))
         out = self.attn(q, k, v).unflatten(-1, (self.num_heads, -1))
         return out[..., : self.v_head_dim].flatten(1)
+
+
+class Experts(RoutedExperts):
+    """vLLM's experts; on a CPU they can be loaded again, and a bias after them is added once."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]):
+        if current_platform.is_cpu():  # a kernel that was made would not be given packed weights
+            self.quant_method.moe_kernel = None
+        return super().load_weights(map(self.own, weights))
+
+    def own(self, tensor: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+        """A tensor; of the biases that are not divided over the ranks, the first has the one."""
+        name, weight = tensor
+        if name.endswith(f".{self.ckpt_down_proj_name}.bias") and self.moe_config.tp_rank > 0:
+            weight = torch.zeros_like(weight)
+        return name, weight
+
+    def _load_w13(
+        self, expert_data, shard_dim, shard_id, loaded_weight, tp_rank, load_full=False
+    ) -> None:
+        """Gates, then ups; for one activation they take turns."""
+        if self.activation.value != "swigluoai":
+            args = expert_data, shard_dim, shard_id, loaded_weight, tp_rank, load_full
+            super()._load_w13(*args)
+            return
+        ranks = 1 if load_full else self.moe_config.tp_size
+        own = loaded_weight.chunk(ranks, shard_dim)[0 if load_full else tp_rank]
+        turns = expert_data.unflatten(shard_dim, (-1, 2))
+        turns.select(shard_dim + 1, 0 if shard_id == "w1" else 1).copy_(own)
+
+
+def packed_routing(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Weights and ids of experts in one tensor: vLLM hands its layer one, for logits."""
+    return torch.cat((weights.float(), ids.float()), dim=-1)
+
+
+def unpacked_routing(
+    hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The routing that the model computed, for the layer that asks for one."""
+    weights, ids = gating_output.split(topk, dim=-1)
+    return weights, ids.to(torch.int32)
 
 
 class AdaptersApart:
@@ -301,6 +344,18 @@ def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeate
             yield from ((copy, weight) for copy in repeated.get(name, [name]))
 
 
+def each_expert(weights: Iterable[tuple[str, torch.Tensor]], experts: dict):
+    """The same weights; a tensor that holds all experts as one for each, which is how they load."""
+    for name, weight in weights:
+        for pattern, new in experts.items():
+            if match := pattern.fullmatch(name):
+                name = match.expand(new)
+                yield from ((name.format(e), part) for e, part in enumerate(weight))
+                break
+        else:
+            yield name, weight
+
+
 def drop_tied(weights: Iterable[tuple[str, torch.Tensor]], tied: dict):
     """The same weights without those stored a second time, which must be equal to the first."""
     held = {}
@@ -377,6 +432,37 @@ def numbered(prefix: str, vllm_config: VllmConfig) -> str:
         return prefix
     made = len(vllm_config.compilation_config.static_forward_context)
     return ".".join([*(f"_{p}" if p.isdigit() else p for p in parts), str(1000 + made)])
+
+
+def check_experts(vllm_config: VllmConfig, hidden: int, mlp: int, *, is_summed: bool) -> None:
+    """Refuse experts that vLLM's kernels would compute wrongly, or crash on.
+
+    Args:
+        mlp: the size that must divide, of one expert; 0 where it is padded.
+        is_summed: whether the layer itself takes the sum over the ranks.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.enable_expert_parallel:
+        if current_platform.is_cpu():
+            raise ValueError(
+                "vLLM's experts crash on a CPU when they are divided over the ranks\n"
+                "  got:  enable_expert_parallel=True\n"
+                "  fix:  enable_expert_parallel=False: each rank has a part of every expert"
+            )
+        if parallel.data_parallel_size > 1 and not is_summed:
+            raise ValueError(
+                "this model sums its experts with another layer before it does so over the ranks\n"
+                f"  got:  enable_expert_parallel=True, "
+                f"data_parallel_size={parallel.data_parallel_size}\n"
+                "  fix:  data_parallel_size=1"
+            )
+    local = mlp // get_tensor_model_parallel_world_size()
+    if current_platform.is_cpu() and (hidden % 32 or local % 32):
+        raise ValueError(
+            "vLLM's experts on a CPU need sizes that 32 divides\n"
+            f"  got:  hidden {hidden}" + (f", {local} of an expert on each rank\n" if mlp else "\n")
+            + "  fix:  a model of such sizes, or another device"
+        )
 
 
 def check_full_attention(vllm_config: VllmConfig) -> None:

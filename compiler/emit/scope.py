@@ -42,6 +42,8 @@ IMPORTS = {
     "Attention": f"{_ROOT}.layers.attention",
     "EncoderOnlyAttention": f"{_ROOT}.layers.attention",
     "MLAAttention": f"{_ROOT}.layers.attention",
+    "FusedMoEFactory": f"{_ROOT}.layers.fused_moe",
+    "RoutedExperts": f"{_ROOT}.layers.fused_moe",
     "GemmaRMSNorm": f"{_ROOT}.layers.layernorm",
     "RMSNorm": f"{_ROOT}.layers.layernorm",
     "ColumnParallelLinear": f"{_ROOT}.layers.linear",
@@ -80,9 +82,12 @@ HELPERS_USE = {
     "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
     "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
     "LatentAttention": ("Attention", "MLAAttention", "VllmConfig", "F", "nn", "torch"),
+    "Experts": ("Iterable", "RoutedExperts", "current_platform", "torch"),
     "add_head": ("Iterable", "nn", "torch"),
+    "check_experts": ("current_platform", "get_tensor_model_parallel_world_size"),
     "check_ranks": ("get_tensor_model_parallel_world_size",),
     "drop_tied": ("Iterable", "torch"),
+    "each_expert": ("Iterable", "torch"),
     "made_in_time": (
         "Callable",
         "CompilationMode",
@@ -104,6 +109,7 @@ HELPERS_USE = {
         "torch",
     ),
     "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
+    "packed_routing": ("torch",),
     "read_tensors": ("Iterable", "safe_open", "torch"),
     "normed": ("torch",),
     "rms_norm_over_ranks": (
@@ -113,6 +119,7 @@ HELPERS_USE = {
     ),
     "spelled_out": ("product",),
     "take_apart": ("Iterable", "torch"),
+    "unpacked_routing": ("torch",),
     "warn_length": ("init_logger",),
 }
 # And which of the other helpers.

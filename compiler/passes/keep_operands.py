@@ -28,7 +28,7 @@ _VIEWS = {
     operator.getitem, *collectives.ALL,
 }  # fmt: skip
 _PARTS = (torch.split, torch.chunk, torch.unbind)  # of which each result is memory of its own
-_OURS = (layers.linear, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
+_OURS = (layers.linear, layers.experts, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
          layers.vocab_embedding, layers.latent_attention,
          layers.logits, rms_norm_over_ranks)  # fmt: skip
 

@@ -118,6 +118,12 @@ def latent(p, x, positions):
     return einsum(o, p["o"], "... h d, e h d -> ... e")
 
 
+@fm.block
+def routed(p, x, positions):
+    weights, ids = (x @ p["router"].T).softmax(-1).topk(2, dim=-1)
+    return x + ops.experts(x, weights, ids, p["gate"], p["up"], p["down"], activation="silu")
+
+
 QKVO = {
     "q": P("heads head_dim hidden"),
     "k": P("kv_heads head_dim hidden"),
@@ -132,6 +138,13 @@ LATENT = {
     "o": UP("hidden heads v"),
 }
 GATED = {"gate": P("mlp hidden"), "up": P("mlp hidden"), "down": P("hidden mlp")}
+MIX = fm.axes(experts=4, mlp=12, hidden=HIDDEN)
+ROUTED = {
+    "router": MIX("experts hidden"),
+    "gate": MIX("experts mlp hidden"),
+    "up": MIX("experts mlp hidden"),
+    "down": MIX("experts hidden mlp"),
+}
 BIASED = {**GATED, "gate_bias": P("mlp"), "bias": P("hidden"), "norm": P("hidden")}
 
 SHOWN: dict[str, tuple[Any, dict[str, fm.Param], str]] = {
@@ -143,6 +156,7 @@ SHOWN: dict[str, tuple[Any, dict[str, fm.Param], str]] = {
     ),
     "lower_latent_attention": (latent, LATENT, "latent"),
     "lower_linear": (gated, GATED, "gated"),
+    "lower_experts": (routed, ROUTED, "routed"),
     "fuse_bias": (biased, BIASED, "biased"),
     "silu_and_mul": (gated, GATED, "gated"),
     "fuse_gate_up": (gated, GATED, "gated"),
