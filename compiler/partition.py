@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from compiler import collectives
+from compiler import collectives, sequence
 from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
 from compiler.names import unique
 from compiler.needs import Exact, Need
@@ -29,6 +29,7 @@ from compiler.rules import (
     is_cut,
     vocab_embed,
 )
+from compiler.sequence import by_sequence, is_by_sequence
 from compiler.strict import Strict, refuses, ways_out
 from compiler.verify import verify
 from funcmodels.errors import LoweringError
@@ -56,7 +57,9 @@ class Partitioned(Program):
     gathered: list[Gathered] = field(default_factory=list)
 
 
-def partition(program: Program, axis: str = "tp", *, strict: Strict = False) -> Partitioned:
+def partition(
+    program: Program, axis: str = "tp", *, strict: Strict = False, sequence: bool = False
+) -> Partitioned:
     """Partition a program along one mesh axis.
 
     Args:
@@ -64,17 +67,19 @@ def partition(program: Program, axis: str = "tp", *, strict: Strict = False) -> 
         axis: the mesh axis.
         strict: refuse an operation that has no rule, instead of gathering its operands, but for
             places that `fm.allow` names.
+        sequence: cut what stands between the layers that ranks share over tokens.
     Raises:
         LoweringError: with strict, the first operation that has no rule.
     """
-    return _Partitioner(program, axis, strict).run()
+    return _Partitioner(program, axis, strict, sequence).run()
 
 
 class _Partitioner:
-    def __init__(self, program: Program, axis: str, strict: Strict) -> None:
+    def __init__(self, program: Program, axis: str, strict: Strict, sequence: bool) -> None:
         self.source = program
         self.axis = axis
         self.strict = strict
+        self.sequence = sequence
         self.done: dict[Any, tuple[Block, tuple[Placement, ...]]] = {}
         self.needs: dict[tuple, Need] = {}
         self.gathered: list[Gathered] = []
@@ -87,6 +92,8 @@ class _Partitioner:
         exact = Exact(self.needs.values())
         for block in (*blocks.values(), root):
             _sum_over_replicas(block, self.axis, exact)
+            if self.sequence:  # gathers that became another collective
+                block.graph.eliminate_dead_code(lambda node: node.op != "call_function")
         found = Partitioned(
             self.source.model, root, blocks, self.axis, list(self.needs.values()), self.gathered
         )
@@ -146,7 +153,13 @@ class _BlockPartitioner:
 
     def _result_placement(self, node: fx.Node) -> Placement:
         at = self.at[node]
-        return REPLICATE if isinstance(at, Partial) or (self.root and self.axis != TOKENS) else at
+        if self.root and self.axis != TOKENS:
+            return REPLICATE
+        return self._settled(node) if isinstance(at, Partial) else at
+
+    def _settled(self, node: fx.Node) -> Placement:
+        """Where a pending sum goes when a block or its caller ends it."""
+        return by_sequence(node.meta["type"]) if self.whole.sequence else REPLICATE
 
     # One method for each kind of node
 
@@ -172,7 +185,7 @@ class _BlockPartitioner:
     def call_module(self, node: fx.Node) -> None:
         args = list(node.args)
         placements = tuple(
-            REPLICATE if isinstance(self.at[a], Partial) else self.at[a]  # type: ignore[index]
+            self._settled(a) if isinstance(self.at[a], Partial) else self.at[a]  # type: ignore[index,arg-type]
             for a in args
         )
         callee, results = self.whole.block(self.whole.source.blocks[str(node.target)], placements)
@@ -191,25 +204,26 @@ class _BlockPartitioner:
             (same,) = node.all_input_nodes
             self.env[node], self.at[node] = self.env[same], self.at[same]
             return
-        decision, gathered = decide(View(node, self.at, self.axis))
+        at = sequence.seen(node, self.at) if self.whole.sequence else self.at
+        decision, gathered = decide(View(node, at, self.axis))
         if gathered:
             self.whole.note_gather(self.source, node)
         for need in decision.needs:
             self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
-        new = self._local(node, decision)
+        new = self._local(node, decision, at)
         self._put(node, new, decision.output)
         if new.target is vocab_embed:  # now, for each use: the engine's layer sums at once
-            whole = self._collective(new, collectives.all_reduce, (), REPLICATE, node)
-            self.env[node], self.at[node] = whole, REPLICATE
+            to = self._settled(node)
+            self.env[node], self.at[node] = self._as(node, to, node), to
 
-    def _local(self, node: fx.Node, decision: Decision) -> fx.Node:
+    def _local(self, node: fx.Node, decision: Decision, at: dict[fx.Node, Any]) -> fx.Node:
         """The node on one rank: its operands brought to where the rule wants them."""
         cut = is_cut(decision.output) and not decision.independent
 
         def operand(old: fx.Node) -> fx.Node:
             if not isinstance(old.meta["type"], TensorType):
                 return self.env[old]
-            to: Any = decision.inputs.get(old, self.at[old])
+            to: Any = decision.inputs.get(old, at[old])
             new = self._as(old, to, node)
             floating = tensor_type(old).dtype.is_floating_point
             if cut and isinstance(to, Replicate) and floating:
@@ -243,6 +257,9 @@ class _BlockPartitioner:
         new, at = self.env[old], self.at[old]
         if at == to:
             return new
+        if isinstance(at, Partial) and is_by_sequence(to):
+            assert isinstance(to, Shard)
+            return self._collective(new, collectives.reduce_scatter, (to.dim,), to, user)
         if isinstance(at, Partial):
             new, at = self._collective(new, collectives.all_reduce, (), REPLICATE, user), REPLICATE
         if isinstance(at, Shard):
@@ -262,6 +279,11 @@ class _BlockPartitioner:
         self, x: fx.Node, target: Any, args: tuple, at: Placement, user: fx.Node
     ) -> fx.Node:
         """A collective of a value, the same one for all who need it."""
+        if target is collectives.vary and x.target is collectives.all_gather:
+            source, dim, units = x.args[:3]
+            if units == sequence.BLOCKS:  # both at once: its gradient is a reduce-scatter
+                assert isinstance(source, fx.Node)
+                return self._collective(source, collectives.gather_vary, (dim,), at, user)
         key = (x, f"{target.__name__}{args}")
         if key not in self.moved:
             new = self.graph.call_function(target, (x, *args, self.axis))

@@ -90,7 +90,7 @@ class CompiledModel(nn.Module):
         if key not in self.programs:
             traced = trace(self.model, batched=batched, segments=segments)
             if self.ranks is not None and self.ranks.tp is not None:
-                traced = partition(traced, "tp")
+                traced = partition(traced, "tp", sequence=self.sequence_parallel)
             self.programs[key] = traced
         return self.programs[key]
 

@@ -14,9 +14,11 @@ ON_TWO: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {}),
     "fsdp2": ({"fsdp": 2}, {}),
     "tp2": ({"tp": 2}, {}),
+    "tp2, sequence parallel": ({"tp": 2}, {"sequence_parallel": True}),
 }
 ON_FOUR: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "fsdp2 x tp2": ({"fsdp": 2, "tp": 2}, {}),
+    "fsdp2 x tp2, sequence parallel": ({"fsdp": 2, "tp": 2}, {"sequence_parallel": True}),
     "dp2 x fsdp2": ({"dp": 2, "fsdp": 2}, {}),
 }
 
