@@ -128,6 +128,30 @@ class LatentAttention(nn.Module):
         return out[..., : self.v_head_dim].flatten(1)
 
 
+class TypedRMSNorm(nn.Module):
+    """Root-mean-square norm whose weight has another dtype than what it scales."""
+
+    def __init__(
+        self, size: int, *, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        total = x if residual is None else x + residual
+        out = normed(total, self.weight, eps=self.eps, offset=self.offset)
+        return out if residual is None else (out, total)
+
+
+class TypedLayerNorm(nn.LayerNorm):
+    """Layer norm whose weight has another dtype than what it scales."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 class Experts(RoutedExperts):
     """vLLM's experts; on a CPU they can be loaded again, and a bias after them is added once."""
 
@@ -474,6 +498,29 @@ def check_full_attention(vllm_config: VllmConfig) -> None:
             "but this model attends to all tokens\n"
             "  fix:  set sliding_window to null in config.json, "
             "or pass window= to ops.attention"
+        )
+
+
+def check_dtype(vllm_config: VllmConfig, dtype: torch.dtype) -> None:
+    """Refuse another dtype than that of the values which attention is given."""
+    served = vllm_config.model_config.dtype
+    if served != dtype:
+        raise ValueError(
+            f"this model attends to values of {dtype}, and the engine caches them in its own\n"
+            f"  got:  dtype={served}\n"
+            f"  fix:  dtype={str(dtype).removeprefix('torch.')!r}, or cast q, k and v back before "
+            "ops.rope and ops.attention"
+        )
+
+
+def check_embeds(vllm_config: VllmConfig, dtype: torch.dtype) -> None:
+    """Refuse prompts as embeddings where the engine would round them to its own dtype."""
+    served = vllm_config.model_config.dtype
+    if vllm_config.model_config.enable_prompt_embeds and served != dtype:
+        raise ValueError(
+            f"this model embeds tokens in {dtype}, and the engine hands others over in its own\n"
+            f"  got:  dtype={served}, enable_prompt_embeds=True\n"
+            f"  fix:  dtype={str(dtype).removeprefix('torch.')!r}, or enable_prompt_embeds=False"
         )
 
 

@@ -13,11 +13,12 @@ from compiler import layers
 from compiler.emit.pooling import check_encoder
 from compiler.emit.scope import Scope
 from compiler.emit.text import kwargs, literal
-from compiler.ir import LocalSize
+from compiler.ir import MODEL_DTYPE, LocalSize, tensor_type
 from compiler.placement import Shard
 from compiler.rules import LocalValues
 from funcmodels import ops
 from funcmodels.errors import LoweringError
+from funcmodels.spec import Param
 
 
 @dataclass
@@ -90,10 +91,8 @@ def _linear(scope: Scope, node: fx.Node, attr: str) -> Layer:
         settings = {"input_size": ins, "output_sizes": f"[{', '.join(outs)}]"}
     else:
         settings = {"input_size": ins, "output_size": outs[0]}
-    if params[0].dtype is not None:
-        scope.module.use("torch")
-        settings["params_dtype"] = str(params[0].dtype)
     settings |= {
+        "params_dtype": None if params[0].dtype is None else str(params[0].dtype),
         "bias": str(bool(biases)),
         "reduce_results": "False" if kind == "row_partial" else None,
         "quant_config": "vllm_config.quant_config",
@@ -119,15 +118,20 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     weight = node.args[2 if fused else 1]
     param = scope.block.params[str(weight.target)]  # type: ignore[union-attr]
     offset = node.kwargs.get("offset", 0.0)
-    if offset not in (0.0, 1.0):
+    typed = _dtypes_differ(param, node)
+    if offset not in (0.0, 1.0) and not typed:
         raise LoweringError(
             f"rms_norm with offset {offset} is no layer of vLLM's",
             need="offset 0.0, or 1.0 as Gemma has it",
             from_=node.meta["where"],
             fix="fold the offset into the weight",
         )
-    name = scope.module.use("GemmaRMSNorm") if offset else scope.module.help("FastRMSNorm")
     args = [scope.module.size(param.axes[-1], param.shape[-1]), f"eps={node.kwargs['eps']}"]
+    if typed:
+        name = scope.module.help("TypedRMSNorm")
+        args += [*_dtype(scope, param, "dtype"), *([f"offset={offset}"] if offset else [])]
+    else:
+        name = scope.module.use("GemmaRMSNorm") if offset else scope.module.help("FastRMSNorm")
     if not fused:
         return Layer(name, args, f"{{}}({scope.value(node.args[0])})")
     x, residual = node.args[:2]
@@ -137,6 +141,20 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     return Layer(name, args, call)
 
 
+def _dtypes_differ(param: Param, norm: fx.Node) -> bool:
+    """Whether a norm's weight has another dtype than what it scales: vLLM's layers take one."""
+    x: Any = norm.args[0]
+    return param.dtype is not None or tensor_type(x).dtype != MODEL_DTYPE
+
+
+def _dtype(scope: Scope, param: Param, argument: str) -> list[str]:
+    """The argument for a declared dtype; a layer that is not told one has the model's."""
+    if param.dtype is None:
+        return []
+    scope.module.use("torch")
+    return [f"{argument}={param.dtype}"]
+
+
 @builds(ops.layer_norm)
 def _layer_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     param = scope.block.params[str(node.args[1].target)]  # type: ignore[union-attr]
@@ -144,7 +162,11 @@ def _layer_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     bias = len(node.all_input_nodes) > 2
     size = scope.module.size(param.axes[-1], param.shape[-1])
     args = [size, f"eps={node.kwargs['eps']}", *([] if bias else ["bias=False"])]
-    return Layer("nn.LayerNorm", args, f"{{}}({scope.value(node.args[0])})")
+    name = "nn.LayerNorm"
+    if _dtypes_differ(param, node):
+        name = scope.module.help("TypedLayerNorm")
+        args += _dtype(scope, param, "dtype")
+    return Layer(name, args, f"{{}}({scope.value(node.args[0])})")
 
 
 @builds(layers.silu_and_mul)
@@ -175,6 +197,7 @@ def _logits(scope: Scope, node: fx.Node, attr: str) -> Layer:
 def _vocab_arguments(scope: Scope, table: Any, attr: str) -> list[str]:
     param = scope.block.params[str(table.target)]
     sizes = [scope.module.size(a, n) for a, n in zip(param.axes, param.shape, strict=True)]
+    sizes += _dtype(scope, param, "params_dtype")
     return [*sizes, "quant_config=vllm_config.quant_config", f"prefix={prefix_of(attr)}"]
 
 
@@ -195,6 +218,7 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
     checks = []
     if s.get("window") is None:
         checks = [f"{scope.module.help('check_full_attention')}(vllm_config)"]
+    checks += _check_dtype(scope, q)
     settings: dict[str, str | None] = {
         "num_heads": local_heads(scope, q, s["heads"]),
         "head_size": size,
@@ -257,6 +281,15 @@ def _slopes(scope: Scope, slopes: Any) -> str | None:
     )
 
 
+def _check_dtype(scope: Scope, q: Any) -> list[str]:
+    """The check that an engine runs in the dtype of attention's operands, where that is fixed."""
+    dtype = tensor_type(q).dtype
+    if dtype == MODEL_DTYPE:
+        return []
+    scope.module.use("torch")
+    return [f"{scope.module.help('check_dtype')}(vllm_config, {dtype})"]
+
+
 @builds(layers.rotary)
 def _rotary(scope: Scope, node: fx.Node, attr: str) -> Layer:
     positions, q, k = node.args
@@ -272,6 +305,7 @@ def _rotary(scope: Scope, node: fx.Node, attr: str) -> Layer:
         checks = [*checks, f"{scope.module.help('check_positions')}(vllm_config, {rows})"]
     elif limit:
         limit = f"max({limit}, {length})"
+    checks += _check_dtype(scope, q)
     settings: dict[str, str | None] = {
         "head_size": scope.module.size("head_dim", head_dim),
         "max_position": str(limit or length),

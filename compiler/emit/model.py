@@ -7,6 +7,7 @@ import inspect
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -15,6 +16,7 @@ from compiler.emit import pooling
 from compiler.emit.block import constructor, emit_block, statements, symbol_lines
 from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
+from compiler.ir import MODEL_DTYPE, tensor_type
 from compiler.loading import Loading, loading_of
 from compiler.modules import Plan, plan_modules
 from compiler.names import unique
@@ -423,6 +425,7 @@ class _Writer:
             f"        {pooling.task_check(m, self.program)}",
             *self.check_ranks(),
             *self.check_stages(),
+            *self.check_embeds(),
             f"        check_registered({self.model.name}, vllm_config)",
             "        self.config = vllm_config.model_config.hf_config",
             "        self.awaited = tensors_to_await(vllm_config, TENSORS)",
@@ -473,6 +476,14 @@ class _Writer:
             return []
         return call(self.module.help("check_one_stage"), ["vllm_config", quoted(why)], 8)
 
+    def check_embeds(self) -> list[str]:
+        """That the engine hands over no embeddings of another dtype than the table's."""
+        dtype = tensor_type(self.embedding()).dtype
+        if dtype == MODEL_DTYPE:
+            return []
+        self.module.use("torch")
+        return [f"        {self.module.help('check_embeds')}(vllm_config, {dtype})"]
+
     def make_empty(self) -> list[str]:
         """What makes the tensors that a stage receives."""
         if not self.staged:
@@ -509,11 +520,15 @@ class _Writer:
         vocab = scope.block.params[str(logits[0].args[1].target)]  # type: ignore[union-attr]
         size = m.size(vocab.axes[0], vocab.shape[0])
         made = [*lines, f"        self.logits_processor = {m.use('LogitsProcessor')}({size})"]
+        x: Any = logits[0].args[0]
+        if (dtype := tensor_type(x).dtype) != MODEL_DTYPE:  # else it would be rounded to that
+            m.use("torch")
+            made.append(f"        self.logits_processor.head_dtype = {dtype}")
         head = scope.placed.layers[logits[0]]
         if self.plan.tied:
             embedding = self.body.placed.layers[self.embedding()]
             tie = f"self.lm_head.tie_weights(self.{self.plan.inner}.{embedding})"
-            made.insert(-1, f"        self.lm_head = {tie}")
+            made.insert(len(lines), f"        self.lm_head = {tie}")
         if not self.staged:
             return made
         m.use("get_pp_group")

@@ -82,9 +82,13 @@ HELPERS_USE = {
     "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
     "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
     "LatentAttention": ("Attention", "MLAAttention", "VllmConfig", "F", "nn", "torch"),
+    "TypedLayerNorm": ("F", "nn", "torch"),
+    "TypedRMSNorm": ("nn", "torch"),
     "Experts": ("Iterable", "RoutedExperts", "current_platform", "torch"),
     "add_head": ("Iterable", "nn", "torch"),
     "check_experts": ("current_platform", "get_tensor_model_parallel_world_size"),
+    "check_dtype": ("torch",),
+    "check_embeds": ("torch",),
     "check_ranks": ("get_tensor_model_parallel_world_size",),
     "drop_tied": ("Iterable", "torch"),
     "each_expert": ("Iterable", "torch"),
@@ -123,7 +127,7 @@ HELPERS_USE = {
     "warn_length": ("init_logger",),
 }
 # And which of the other helpers.
-HELPERS_CALL = {"own_block_loader": ("own_block",)}
+HELPERS_CALL = {"TypedRMSNorm": ("normed",), "own_block_loader": ("own_block",)}
 
 
 @dataclass
