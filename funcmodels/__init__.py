@@ -10,12 +10,14 @@ from funcmodels.block import block
 from funcmodels.check_recurrence import check_recurrence
 from funcmodels.checkpoint import load, save
 from funcmodels.generate import generate, logprobs
+from funcmodels.gradients import accumulate, grad_and_value
 from funcmodels.init import init, normal
 from funcmodels.loss import loss
 from funcmodels.models.registry import load_model
 from funcmodels.ops.attention_kernels import attention_kernel
 from funcmodels.packing import pack
 from funcmodels.pooling import classify, embed
+from funcmodels.precision import cast
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Axes, Model, Param, axes
 from funcmodels.state import State, state
@@ -89,10 +91,12 @@ __all__ = [
     "PartitionSpec",
     "State",
     "Verified",
+    "accumulate",
     "allow",
     "attention_kernel",
     "axes",
     "block",
+    "cast",
     "check",
     "check_grid",
     "check_recurrence",
@@ -105,6 +109,7 @@ __all__ = [
     "explain",
     "fit",
     "generate",
+    "grad_and_value",
     "init",
     "load",
     "load_model",

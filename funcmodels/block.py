@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
+
+from funcmodels.remat import remat as remat_
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,22 +21,36 @@ class Tracer(Protocol):
 _tracer: Tracer | None = None
 
 
-def block(fn: F) -> F:
+@overload
+def block(fn: F) -> F: ...
+@overload
+def block(*, remat: bool) -> Callable[[F], F]: ...
+def block(fn: Any = None, *, remat: bool = False) -> Any:
     """Mark a pure function as one module of the compiled model.
 
     Called while training, the function runs as written. Traced, each distinct (function, shapes,
     static arguments) is recorded once and becomes one `nn.Module` class, however many layers call
     it. Parameters may come in any argument, as tensors or pytrees of them; the first holds the
     block's own by convention.
+
+    Args:
+        fn: the function; or `@fm.block(remat=True)`.
+        remat: keep a call's arguments alone for the backward pass, and compute what is inside it
+            again there: less memory, for one more forward pass. Any transform may be around it.
+    Raises:
+        TraceError: with remat, the function uses a tensor that is no argument of its own.
     """
+    if fn is None:
+        return functools.partial(block, remat=remat)
+    run = remat_(fn) if remat else fn
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if _tracer is None:
-            return fn(*args, **kwargs)
+            return run(*args, **kwargs)
         return _tracer.call_block(fn, args, kwargs)
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 def is_traced() -> bool:
