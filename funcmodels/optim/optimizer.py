@@ -172,17 +172,31 @@ def _by_kernel(
             leaf.w = leaf.w.detach().clone()
             leaf.states = [state.clone() for state in leaf.states]
     for chunk in _chunks(every):
-        dtype = chunk[0].dtype
-        ws = [leaf.w.to(dtype) for leaf in chunk]
-        gs = [leaf.g.detach().to(dtype) for leaf in chunk]
-        states = tuple([x.to(dtype) for x in xs] for xs in zip(*(leaf.states for leaf in chunk)))  # noqa: B905
-        kernel([x.path for x in chunk], ws, gs, states, Hyper(rate, step, chunk[0].weight_decay))
-        for i, leaf in enumerate(chunk):  # those of another dtype were copied: store the result
-            for old, new in zip(
-                (leaf.w, *leaf.states), (ws[i], *(s[i] for s in states)), strict=True
-            ):
-                if old is not new:
+        paths = [leaf.path for leaf in chunk]
+        ws = [_plain(leaf.w, leaf.dtype) for leaf in chunk]
+        gs = [_beside(leaf.g.detach(), w) for leaf, w in zip(chunk, ws, strict=True)]
+        each = [[_beside(x, w) for x in leaf.states] for leaf, w in zip(chunk, ws, strict=True)]
+        states = tuple(list(slot) for slot in zip(*each, strict=True))
+        kernel(paths, ws, gs, states, Hyper(rate, step, chunk[0].weight_decay))
+        for leaf, w, own in zip(chunk, ws, each, strict=True):
+            for old, new in zip((leaf.w, *leaf.states), (w, *own), strict=True):
+                if old is not new:  # a copy was worked on
                     old.copy_(new)
+
+
+def _plain(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as a kernel can have it: of the dtype, and all of a piece of memory."""
+    dense = torch.empty_like(w, device="meta").stride() == w.stride()
+    return w.to(dtype) if dense else torch.empty_like(w, dtype=dtype).copy_(w)
+
+
+def _beside(x: Tensor, w: Tensor) -> Tensor:
+    """A tensor laid out in memory as its weight, for the kernels go through both in that order.
+
+    Gradients often are not: that of a product may come out transposed.
+    """
+    same = x.dtype == w.dtype and x.stride() == w.stride()
+    return x if same else torch.empty_like(w).copy_(x)
 
 
 def _chunks(every: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:

@@ -15,14 +15,19 @@ STEPS = 7
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Weights, or gradients, of a few shapes; the sizes of gradients differ by orders."""
+    """Weights, or gradients, of a few shapes; the sizes of gradients differ by orders.
+
+    A weight and its gradient lie in memory in different ways, and one weight is part of another
+    tensor.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         scale = 10 ** (2 * torch.rand((), generator=generator) - 1)
         return (scale * torch.randn(shape, generator=generator)).to(dtype)
 
-    return {"a": draw(33, 17), "b": [draw(5), draw(8, 16)], "c": draw(24, 8)}
+    a, b, c = draw(33, 17), [draw(5), draw(8, 16)], draw(24, 9)[:, :8]
+    return {"a": a.T.contiguous().T if seed % 2 else a, "b": b, "c": c if seed == 0 else c.clone()}
 
 
 def ours(optimizer: fm.optim.Optimizer, dtype: torch.dtype, donate: bool) -> Any:
@@ -34,10 +39,14 @@ def ours(optimizer: fm.optim.Optimizer, dtype: torch.dtype, donate: bool) -> Any
 
 
 def theirs(make: Callable[[list[Tensor]], torch.optim.Optimizer], dtype: torch.dtype) -> Any:
-    weights = fm.tree.map(lambda w: w.requires_grad_(), tensors(0, dtype))
+    """torch's fused kernels do not look at strides: autograd lays out `grad` as its parameter."""
+    weights = fm.tree.map(lambda w: w.contiguous().requires_grad_(), tensors(0, dtype))
     peer = make(fm.tree.leaves(weights))
     for step in range(STEPS):
-        fm.tree.map(lambda w, g: setattr(w, "grad", g), weights, tensors(step + 1, dtype))
+        for w, g in zip(
+            fm.tree.leaves(weights), fm.tree.leaves(tensors(step + 1, dtype)), strict=True
+        ):
+            w.grad = g.contiguous()
         peer.step()
     return fm.tree.map(Tensor.detach, weights)
 
