@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -164,6 +164,7 @@ class _Planner:
             return attr
 
         in_layers: set[str] = set()
+        calls = self.call_names(block, names, anchor)
         for node in block.graph.nodes:
             if node.op != "call_function":
                 continue
@@ -171,8 +172,8 @@ class _Planner:
                 placed.layers[node] = take(WITHOUT_WEIGHTS[node.target])
             elif _is_layer(node):
                 in_layers |= {str(p.target) for p in _params(node)}
-                placed.layers[node] = take(self.layer_name(node, names, anchor))
-        for node, attr in self.call_names(block, names, anchor).items():
+                placed.layers[node] = take(self.layer_name(node, names, anchor, calls.values()))
+        for node, attr in calls.items():
             placed.calls[node] = take(attr, in_list=block is self.split.body)
         for node in block.graph.nodes:
             holders = {n for n in placed.layers if n.target not in WITHOUT_WEIGHTS}
@@ -188,8 +189,13 @@ class _Planner:
                 placed.bare[name] = take(identifier(name))
         return placed
 
-    def layer_name(self, node: fx.Node, names: dict[str, str], anchor: str) -> str:
-        """The attribute of a layer: the checkpoint's name for it, below the block's own place."""
+    def layer_name(
+        self, node: fx.Node, names: dict[str, str], anchor: str, calls: Iterable[str]
+    ) -> str:
+        """The attribute of a layer: the checkpoint's name for it, below the block's own place.
+
+        Not below a called block's, which holds its own layers alone.
+        """
         if node.target is layers.logits:
             return "lm_head"  # what vLLM's adapters look for, whatever the checkpoint calls it
         weights = [str(p.target) for p in _weights(node)]
@@ -199,7 +205,8 @@ class _Planner:
         parents = {_parent(m) for m in modules}
         if len(parents) == 1 and (below := _below(modules[0], anchor)) is not None:
             leaf = fused_name([m.rpartition(".")[2] for m in modules])
-            return _join(_parent(below), leaf)
+            if not any(below.startswith(f"{inner}.") for inner in calls):
+                return _join(_parent(below), leaf)
         return fused_name([identifier(w) for w in weights])
 
     def call_names(self, block: Block, names: dict[str, str], anchor: str) -> dict[fx.Node, str]:

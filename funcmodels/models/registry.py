@@ -8,12 +8,15 @@ from pathlib import Path
 
 from funcmodels.atomic import recover
 from funcmodels.errors import ConfigError
+from funcmodels.models.sentence import pooling_of
 from funcmodels.spec import Model
 
 # A name of config.json's `architectures` -> the module whose Config and model() read it.
 ZOO = {
     "FmLlamaForCausalLM": "funcmodels.models.llama",
     "LlamaForCausalLM": "funcmodels.models.llama",
+    "FmBertModel": "funcmodels.models.bert",
+    "BertModel": "funcmodels.models.bert",
     "FmGemma2ForCausalLM": "funcmodels.models.gemma2",
     "Gemma2ForCausalLM": "funcmodels.models.gemma2",
     "FmMistralForCausalLM": "funcmodels.models.mistral",
@@ -47,7 +50,7 @@ def load_model(folder: str | Path) -> Model:
             need="a Hugging Face checkpoint folder, as fm.save writes it",
             fix="pass the folder that holds config.json and the .safetensors files",
         )
-    hf = json.loads(path.read_text())
+    hf = json.loads(path.read_text()) | pooling_of(folder)
     names = hf.get("architectures") or []
     module = next((ZOO[name] for name in names if name in ZOO), None)
     if module is None:

@@ -22,6 +22,8 @@ import torch
 import funcmodels as fm
 from compiler.vllm_target import load_source
 from tests.engine.harness import Served, generate, make_llm, run_in_engine
+from tests.engine.test_pooling import ask, wanted
+from tests.engine.test_spawned import add_tokenizer
 from tests.engine.tiny import PROMPTS, Expected, check, distance, expected, register
 from tests.models.zoo import Row, rows
 
@@ -30,7 +32,8 @@ SERVED = [(name, v) for name, row in ROWS.items() for v in ("", *row.served)]
 OWN = [name for name, row in ROWS.items() if row.vllm]
 PIECES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}  # the longest prompt in three or more
 
-Answers = dict[str, list[Served] | str]  # of each run, or the traceback of its failure
+Answer = list[Served] | torch.Tensor  # of a model that generates, and of one that pools
+Answers = dict[str, Answer | str]  # of each run, or the traceback of its failure
 
 
 class Runs:
@@ -39,7 +42,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.answers: dict[str, Answers] = {}
-        self.wanted: dict[str, Expected] = {}
+        self.wanted: dict[str, Expected | torch.Tensor] = {}
 
     def saved(self, name: str, variation: str = "") -> tuple[fm.Model, Path]:
         """A variation, in a folder; what the pure function answers is kept in `wanted`."""
@@ -47,10 +50,12 @@ class Runs:
         if not folder.exists():
             weights = ROWS[name].weights(model)
             fm.save(model, weights, folder)
-            self.wanted[f"{name}-{variation}"] = expected(model, weights)
+            add_tokenizer(folder)  # vLLM wants one where a model pools
+            oracle = expected if model.task == "generate" else wanted
+            self.wanted[f"{name}-{variation}"] = oracle(model, weights)
         return model, folder
 
-    def want(self, name: str, variation: str = "") -> Expected:
+    def want(self, name: str, variation: str = "") -> Expected | torch.Tensor:
         self.saved(name, variation)
         return self.wanted[f"{name}-{variation}"]
 
@@ -82,11 +87,30 @@ def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
     for run, prepare in todo.items():
         try:
             path, cls = prepare()
-            llm = make_llm(path, model_cls=cls, **{**PIECES, **row.settings})
-            answers[run] = generate(llm, PROMPTS, prompt_logprobs=True)
+            own = own_settings(model) if run == "vllm" else {}
+            answers[run] = answer(row, model, path, model_cls=cls, **own)
         except Exception:
             answers[run] = traceback.format_exc()
     return answers
+
+
+def answer(row: Row, model: fm.Model, folder: Path, **settings: Any) -> Answer:
+    """Of a small engine to all prompts, on one rank in pieces."""
+    pieces = {} if "tp" in settings or model.task != "generate" else PIECES
+    pools = {"skip_tokenizer_init": False} if model.task != "generate" else {}
+    llm = make_llm(folder, **{**pieces, **pools, **row.settings, **settings})
+    if model.task == "generate":
+        return generate(llm, PROMPTS, prompt_logprobs=True)
+    return ask(llm)
+
+
+def own_settings(model: fm.Model) -> dict[str, Any]:
+    """What vLLM's own class must be told of a model that pools."""
+    if model.pooling is None:
+        return {}
+    activation = {"embed": "embed", "classify": "classify"}[model.task]
+    pooler = {"seq_pooling_type": model.pooling.upper(), "use_activation": model.normalize}
+    return {"runner": "pooling", "convert": activation, "pooler_config": pooler}
 
 
 def own_class(row: Row) -> type:
@@ -103,15 +127,28 @@ def faulty_class(row: Row, model: fm.Model) -> type:
     return load_source(edited, model.name)
 
 
-def answered(answers: Answers, run: str) -> list[Served]:
+def answered(answers: Answers, run: str) -> Any:
     found = answers[run]
     assert not isinstance(found, str), found
     return found
 
 
+def same(got: Any, want: Any, tolerance: float = 3e-5) -> None:
+    """Tokens equal, log probabilities or vectors within the tolerance."""
+    if isinstance(want, torch.Tensor):
+        return torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    return check(got, want, tolerance)
+
+
+def apart(got: Any, want: Any) -> float:
+    """The largest difference."""
+    is_tensor = isinstance(want, torch.Tensor)
+    return (got - want).abs().max().item() if is_tensor else distance(got, want)
+
+
 @pytest.mark.parametrize(("name", "variation"), SERVED)
 def test_equals_the_pure_function(name, variation, runs):
-    check(answered(runs.alone(name), variation), runs.want(name, variation))
+    same(answered(runs.alone(name), variation), runs.want(name, variation))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -119,24 +156,26 @@ def test_on_two_ranks(name, runs):
     row = ROWS[name]
     model, folder = runs.saved(name)
 
-    def run() -> list[Served]:
+    def run() -> Answer:
         register(model)
-        return generate(make_llm(folder, tp=2, **row.settings), PROMPTS, prompt_logprobs=True)
+        return answer(row, model, folder, tp=2)
 
-    check(run_in_engine(run), runs.want(name))
+    same(run_in_engine(run), runs.want(name))
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_equals_vllms_own_class(name, runs):
     answers = runs.alone(name)
-    theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in answered(answers, "vllm")]
-    check(answered(answers, ""), theirs, ROWS[name].tolerance)
+    theirs = answered(answers, "vllm")
+    if not isinstance(theirs, torch.Tensor):
+        theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs]
+    same(answered(answers, ""), theirs, ROWS[name].tolerance)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_planted_fault_is_seen(name, runs):
     """A small fault in the emitted source is far outside the tolerance."""
-    assert distance(answered(runs.alone(name), "fault"), runs.want(name)) > 1e-3
+    assert apart(answered(runs.alone(name), "fault"), runs.want(name)) > 1e-3
 
 
 @pytest.mark.parametrize(

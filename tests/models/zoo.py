@@ -53,6 +53,7 @@ class Row:
         vllm: "module:Class" of vLLM's own class, in vllm.model_executor.models; None has none that
             works on a CPU, and says why in `no_vllm`.
         layer: the function of the file that is called once a layer; "" for none.
+        peer: the attention of transformers' model.
         scale: of the weights: see `weights_of`.
         engine_fault: a pattern and its replacement in the emitted source, that must be seen.
         tolerance: of log probabilities from vLLM's own class, where its kernels differ from ours.
@@ -71,6 +72,7 @@ class Row:
     vllm: str | None = None
     no_vllm: str = ""
     layer: str = "decoder_layer"
+    peer: str = "eager"
     scale: float = 1.3
     engine_fault: tuple[str, str] = (r"\bscale=([^,]+),", r"scale=1.1 * (\1),")
     tolerance: float = 3e-5
