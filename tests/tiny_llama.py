@@ -8,6 +8,7 @@ import torch
 
 import funcmodels as fm
 from funcmodels.models import llama
+from funcmodels.parts import stored_tensors_of
 
 HF: dict[str, Any] = {
     "model_type": "llama",
@@ -50,9 +51,4 @@ def hash_of(path: str) -> int:
 
 def state_dict(model: fm.Model, weights: Any) -> dict[str, torch.Tensor]:
     """Weights, or gradients, under the names of the checkpoint."""
-    values = dict(fm.tree.items(weights))
-    return {
-        name: tensor
-        for path, map_ in model.tensor_maps.items()
-        for name, tensor in zip(map_.names, map_.from_param(values[path]), strict=True)
-    }
+    return dict(stored_tensors_of(model.tensor_maps, dict(fm.tree.items(weights))))

@@ -107,14 +107,17 @@ class ZooConfig:
         only = {"model_type": (cls.MODEL_TYPE,), **cls.ONLY}
         rope = _ROPE if "rope_theta" in own else ()
         plain = cls.plain(hf)
+        if "partial_rotary_factor" in own:
+            plain = partial_outside(plain)
         check_fields(plain, model=model, known={*own, *only, *cls.READS, *rope})
         check_values(plain, model=model, only=only)
         required = [n for n, f in own.items() if f.default is dataclasses.MISSING
                     and not f.metadata and n not in rope]  # fmt: skip
         check_present(plain, model=model, required=required)
-        values = {n: _value_of(f, plain) for n, f in own.items() if n not in rope}
+        values = {n: _value_of(f, plain) for n, f in own.items() if n not in rope[:2]}
         if rope:
-            theta, scaling = rope_of(plain, model=model)
+            whole = {k: v for k, v in plain.items() if k != "partial_rotary_factor" or k not in own}
+            theta, scaling = rope_of(whole, model=model)
             values |= {"rope_theta": theta, "rope_scaling": scaling}
         return cls(**values, hf=hf)
 
@@ -136,6 +139,9 @@ class ZooConfig:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hf"}
         if "rope_theta" in own:
             own |= rope_to_hf(own.pop("rope_theta"), own.pop("rope_scaling"))
+            if "partial_rotary_factor" in own:
+                factor = own.pop("partial_rotary_factor")
+                own["rope_parameters"] |= {"partial_rotary_factor": factor}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in own.items()}
 
 
@@ -322,7 +328,7 @@ def rope_of(hf: Mapping[str, Any], *, model: str) -> tuple[float, RopeScaling | 
             f"{model} rotates whole heads",
             got="a partial_rotary_factor below 1",
             need="no partial_rotary_factor",
-            fix="write a model file that passes rotary_dim to ops.rope",
+            fix="write a model file whose Config has partial_rotary_factor",
         )
     if "original_max_position_embeddings" in required:
         # transformers' order: the config's own field first, then the rope field, then the length.
@@ -342,6 +348,27 @@ def rope_of(hf: Mapping[str, Any], *, model: str) -> tuple[float, RopeScaling | 
         return theta, None
     items = {"rope_type": rope_type, **rope}
     return theta, tuple((k, _hashable(v)) for k, v in sorted(items.items()))
+
+
+def partial_outside(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`hf` with the share of rotated features as a field of its own, wherever it stood.
+
+    Raises:
+        ConfigError: two values of it.
+    """
+    found, key = dict(hf), "partial_rotary_factor"
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = dict(hf.get(name) or {})
+        if (factor := rope.pop(key, None)) is not None:
+            if found.get(key) not in (None, factor):
+                raise ConfigError(
+                    f"two values of {key}",
+                    got=f"{found[key]}, and {factor} in {name}",
+                    need="one value",
+                    fix=f"keep {name} alone",
+                )
+            found |= {key: factor, name: rope or None}
+    return found
 
 
 def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
