@@ -5,8 +5,10 @@ from __future__ import annotations
 from compiler.check import Grid, check, check_grid
 from compiler.compare import Verified, verify
 from compiler.explain import DEVICES, Device, Explanation, explain
+from compiler.mesh import Place
 from compiler.pad import Padded, pad_heads
 from compiler.parallel import ParallelContext
+from compiler.pipeline import ModelStage, pipeline_stage
 from compiler.register import register
 from compiler.strict import allow
 from compiler.torch_target import CompiledModel, compile_to_torch
@@ -19,8 +21,10 @@ __all__ = [
     "Device",
     "Explanation",
     "Grid",
+    "ModelStage",
     "Padded",
     "ParallelContext",
+    "Place",
     "Verified",
     "allow",
     "check",
@@ -30,6 +34,7 @@ __all__ = [
     "emit",
     "explain",
     "pad_heads",
+    "pipeline_stage",
     "register",
     "trace",
     "verify",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from compiler.comm import Processes
 from compiler.fsdp import Gather, Run, Unit
@@ -96,12 +96,36 @@ class Linked:
             weights: this process's parameters by path.
             inputs: tokens, positions and, for a program traced with them, segment ids.
         """
-        sizes = tuple(inputs[0].shape)
         values: list[Any] = [*inputs, *[None] * (len(self.slots) - len(inputs))]
-        run = Run()
         if self.fsdp is not None and torch.is_grad_enabled():
             weights = landed(self.fsdp, weights)
-        for step in self.steps:
+        self._run(self.steps, tuple(inputs[0].shape), weights, values)
+        return values[self.result]
+
+    def part(
+        self,
+        steps: slice,
+        sizes: tuple[int, ...],
+        weights: dict[str, Tensor],
+        given: dict[fx.Node, Tensor],
+        wanted: list[fx.Node],
+    ) -> list[Tensor]:
+        """Some values of the program's root, by some of its steps, from others that are given."""
+        values: list[Any] = [None] * len(self.slots)
+        for node, value in given.items():
+            values[self.slots[node]] = value
+        self._run(self.steps[steps], sizes, weights, values)
+        return [values[self.slots[node]] for node in wanted]
+
+    def _run(
+        self,
+        steps: list[Step],
+        sizes: tuple[int, ...],
+        weights: dict[str, Tensor],
+        values: list[Any],
+    ) -> None:
+        run = Run()
+        for step in steps:
             given = [values[i] for i in step.inputs]
             own = [weights[path] for path in step.paths]
             if step.unit is None:
@@ -113,7 +137,6 @@ class Linked:
                     values[i] = value
             for i in step.done_with:
                 values[i] = None
-        return values[self.result]
 
 
 def _each_once(

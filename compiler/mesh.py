@@ -104,7 +104,15 @@ class Ranks:
             for name in DIMS
         }
         self.dp, self.fsdp, self.tp = (found[name] for name in DIMS)
-        self.sizes = {name: sizes.get(name, 1) for name in DIMS}
+        self.sizes: dict[str, int] = {name: sizes.get(name, 1) for name in DIMS}
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One process."""
+        ranks = cls.__new__(cls)
+        ranks.dp = ranks.fsdp = ranks.tp = None
+        ranks.sizes = dict.fromkeys(DIMS, 1)
+        return ranks
 
     @property
     def of_data(self) -> list[Processes]:

@@ -82,7 +82,7 @@ class CompiledModel(nn.Module):
         self.layout = None if self.ranks is None else Layout(model, self.ranks, placements)
         for path, param in model.by_path.items():
             shape = param.shape if self.layout is None else self.layout.place(path).size
-            _put(self, path, torch.empty(shape, dtype=param.dtype, device="meta"))
+            put_parameter(self, path, torch.empty(shape, dtype=param.dtype, device="meta"))
 
     def program(self, *, batched: bool, segments: bool) -> Program:
         """The program for a form of the inputs, partitioned where there are tp ranks."""
@@ -121,7 +121,7 @@ class CompiledModel(nn.Module):
 
     def _take(self, path: str, whole: Tensor) -> None:
         own = whole if self.layout is None else self.layout.local(path, whole)
-        _put(self, path, own.detach().clone(memory_format=torch.contiguous_format))
+        put_parameter(self, path, own.detach().clone(memory_format=torch.contiguous_format))
 
     def placements(self) -> dict[str, Place]:
         """Where each parameter of this process lies in the whole one, by path.
@@ -240,7 +240,7 @@ def _linked_once(
     return module.linked[key]
 
 
-def _put(module: nn.Module, path: str, value: Tensor) -> None:
+def put_parameter(module: nn.Module, path: str, value: Tensor) -> None:
     """Set the parameter at a path, through modules made as they are needed."""
     *parents, name = path.split(".")
     for parent in parents:
