@@ -32,6 +32,8 @@ class Loading:
         head: the tensor that is the table of embedding and unembedding in one.
         split: tensors that are stacked -> their parts, in order.
         repeated: tensors that several layers have -> what each has it as.
+        shared: pattern of tensors that are several parameters -> dim, unit, and the parts' names
+            and numbers of units.
         experts: pattern of tensors that hold all experts -> each one's name, with {} for it.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
         lora_targets: the same, of the modules that adapters may change.
@@ -50,6 +52,7 @@ class Loading:
 
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shared: dict[str, tuple[int, int, dict[str, int]]] = field(default_factory=dict)
     experts: dict[str, str] = field(default_factory=dict)
 
     def tensor_lines(self, module: Module) -> list[str]:
@@ -61,6 +64,7 @@ class Loading:
             "# What of it adapters may change.",
             *_names_table(module, "LORA_TARGETS", self.lora_targets),
             *self.split_lines(),
+            *self.shared_lines(module),
             *self.expert_lines(module),
         ]
 
@@ -85,6 +89,19 @@ class Loading:
         rows = {f"re.compile({_raw(name)})": _raw(new) for name, new in self.experts.items()}
         what = "# Tensors that hold all experts, and the name of each."
         return ["", what, *table("EXPERT_TENSORS", rows)]
+
+    def shared_lines(self, module: Module) -> list[str]:
+        """The table `SHARED`, where tensors are several parameters."""
+        if not self.shared:
+            return []
+        module.use("re")
+        what = "# Tensors that hold several, along a dim: the rows of a unit, the units of each."
+        lines = ["", what, "SHARED = {"]
+        for pattern, (dim, unit, parts) in self.shared.items():
+            lines.append(f"    re.compile({_raw(pattern)}): ({dim}, {unit}, {{")
+            lines += [f"        {_raw(name)}: {count}," for name, count in parts.items()]
+            lines.append("    }),")
+        return [*lines, "}"]
 
     def mapper_lines(self, module: Module) -> list[str]:
         """The class attribute `hf_to_vllm_mapper`."""
@@ -129,6 +146,8 @@ class Loading:
             "        return loaded",
         ]
         read = ["        weights = read_tensors(weights)"]
+        if self.shared:
+            read += [f"        weights = {module.help('set_apart')}(weights, SHARED)"]
         if self.split or self.repeated:
             read += [f"        weights = {module.help('take_apart')}(weights, SPLIT, REPEATED)"]
         if self.experts:
@@ -188,11 +207,25 @@ def loading_of(plan: Plan, model: Model) -> Loading:
     loading.tensors = _compact(list(plan.tensors))
     if isinstance(model, TakenApart):
         loading.split, loading.repeated = model.split, model.repeated
+        loading.shared = _shared(model)
     loading.lora_targets = _compact(list(dict.fromkeys(plan.lora_targets)))
     for name, to in plan.tensors.items():
         got = apply(loading, name)
         assert got == (to.param, to.shard), f"{name} would be loaded to {got}, not to {to}"
     return loading
+
+
+def _shared(model: TakenApart) -> dict[str, tuple[int, int, dict[str, int]]]:
+    """Tensors that are several parameters, those of all layers in one pattern."""
+    found: dict[str, tuple[int, int, dict[str, int]]] = {}
+    for name, shared in model.shared.items():
+        named = [_template(name, part) for part, _ in shared.parts]
+        counts = [count for _, count in shared.parts]
+        value = shared.dim, shared.unit, dict(zip((new for _, new in named), counts, strict=True))
+        if found.setdefault(named[0][0], value) != value:
+            found[f"^{re.escape(name)}$"] = shared.dim, shared.unit, dict(shared.parts)
+    # A name of its own is looked up before the pattern that means it too.
+    return dict(sorted(found.items(), key=lambda item: r"(\d+)" in item[0]))
 
 
 def _unused(plan: Plan, model: Model) -> list[str]:

@@ -19,7 +19,9 @@ from compiler.experts_place import expert_tensors, experts_name, leaves_of, with
 from compiler.ir import Block, Program, binding
 from compiler.names import identifier, unique
 from compiler.rewrite import is_param
+from compiler.shared_tensors import MARK, stem, whole_modules
 from compiler.split import Split
+from compiler.taken_apart import TakenApart
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 from funcmodels.weightmap import TensorMap
@@ -106,6 +108,9 @@ class _Planner:
         shared = _common(modules).split(".")[0]
         self.prefix = "" if shared and shared not in modules else "model"
         self.plan = Plan(inner=self.prefix or shared)
+        self.parts: dict[str, list[str]] = {}  # fused module name -> what its parts are called
+        apart = program.model.shared if isinstance(program.model, TakenApart) else {}
+        self.whole = whole_modules(apart)
 
     def run(self) -> Plan:
         own = {name: name for name in self.program.root.params}
@@ -203,7 +208,11 @@ class _Planner:
         if node.target is layers.experts:
             return experts_name([_below(_parent(m), anchor) for m in modules])
         parents = {_parent(m) for m in modules}
-        if len(parents) == 1 and (below := _below(modules[0], anchor)) is not None:
+        is_part = MARK in "".join(modules)
+        if len(modules) > 1 and len({stem(m) for m in modules}) == 1:
+            modules, is_part = [stem(modules[0])], False
+        below = _below(modules[0], anchor)
+        if len(parents) == 1 and below is not None and not is_part:
             leaf = fused_name([m.rpartition(".")[2] for m in modules])
             if not any(below.startswith(f"{inner}.") for inner in calls):
                 return _join(_parent(below), leaf)
@@ -247,15 +256,17 @@ class _Planner:
         fused = module.rpartition(".")[2]
         leaves = self.leaves(weights, names)  # type: ignore[arg-type]
         if len(leaves) > 1:  # vLLM has one list of parts for all layers of a name
-            leaves = self.plan.fused.setdefault(fused, leaves)
+            leaves = self.parts.setdefault(fused, leaves)
             assert len(leaves) == len(weights), f"{fused} has other parts elsewhere: {leaves}"  # type: ignore[arg-type]
+            self.plan.fused[fused] = [*dict.fromkeys(map(stem, leaves))]
         for kind, params in (("weight", weights), ("bias", biases)):
             rows = zip(parts, params, node.kwargs["matrices"], leaves, strict=False)  # type: ignore[arg-type]
             for shard, param, matrix, leaf in rows:
                 path = names[str(param.target)]  # type: ignore[union-attr]
                 layout = _layout(self.maps[path], matrix if kind == "weight" else None)
                 if kind == "weight" and not is_given(node):
-                    self.lora_target(self.maps[path], _sides(self.maps[path], matrix))
+                    sides = _sides(self.maps[path], matrix)
+                    self.lora_target(self.maps[path], sides, len(leaves))
                 sizes = self.maps[path].sizes if layout else ()
                 self.plan.tensors[self.maps[path].names[0]] = Destination(
                     f"{module}.{kind}",
@@ -284,11 +295,18 @@ class _Planner:
             return found
         return [identifier(str(weight.target)) for weight in weights]
 
-    def lora_target(self, map_: TensorMap, sides: tuple[Sequence[str], Sequence[str]]) -> None:
-        """Let adapters change a matrix, unless their rows would lie otherwise than the layer's."""
-        stored = re.findall(r"\w+", map_.layout)
+    def lora_target(
+        self, map_: TensorMap, sides: tuple[Sequence[str], Sequence[str]], parts: int = 1
+    ) -> None:
+        """Let adapters change a matrix, unless their rows would lie otherwise than the layer's.
+
+        One that holds several parameters they change as a whole: the layer must be all of it.
+        """
+        stored, module = re.findall(r"\w+", map_.layout), _module(map_.names[0])
+        if MARK in module and self.whole.get(stem(module)) != parts:
+            return
         if all([axis for axis in stored if axis in side] == list(side) for side in sides):
-            self.plan.lora_targets.append(_module(map_.names[0]))
+            self.plan.lora_targets.append(stem(module))
 
     def send(self, path: str, param: str) -> None:
         map_ = self.maps[path]

@@ -5,7 +5,8 @@ which quantisation and adapters know by its place. So here
 
 - a parameter of which only elements of its first dim are read, as of weights stacked over layers,
   becomes as many parameters, and the elements that blocks are given become theirs;
-- a parameter that several calls, norms or layers read becomes a copy for each.
+- a parameter that several calls, norms or layers read becomes a copy for each,
+- parameters that share a tensor of the checkpoint have one each (`compiler.shared_tensors`).
 
 The loader hands out the checkpoint's tensors accordingly.
 """
@@ -45,7 +46,7 @@ def own_parameters(program: Program) -> Program:
         _give_to_blocks(new)
     _prune(new)
     _copy_for_each_use(new, made)
-    if made.elements or made.copies:
+    if made.elements or made.copies or made.shared:
         new.model = made.model()
     return new
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compiler.shared_tensors import Shared, set_apart
 from funcmodels import tree
 from funcmodels.sharding import PartitionSpec
 from funcmodels.spec import Model, Param
@@ -23,12 +24,14 @@ class TakenApart(Model):
         elements: path -> the paths of its elements, in order.
         copies: path, there or among the elements -> the paths of its copies.
         split, repeated: the same of the checkpoint's tensors, by name.
+        shared: tensors of the checkpoint that are several parameters.
     """
 
     elements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shared: Mapping[str, Shared] = field(default_factory=dict)
 
     def of(self, weights: Any) -> dict[str, Tensor]:
         """The weights of the model that this one was made from, as this one has them."""
@@ -47,7 +50,7 @@ class Made:
 
     def __init__(self, model: Model) -> None:
         self.source = model
-        self.params = dict(model.by_path)
+        self.params, self.shared = set_apart(model)
         self.elements: dict[str, tuple[str, ...]] = {}
         self.copies: dict[str, tuple[str, ...]] = {}
         self.split: dict[str, tuple[str, ...]] = {}
@@ -62,6 +65,7 @@ class Made:
             copies=self.copies,
             split=self.split,
             repeated=self.repeated,
+            shared=self.shared,
         )
 
     def map_of(self, path: str) -> TensorMap:

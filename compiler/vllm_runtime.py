@@ -359,6 +359,21 @@ def read_tensors(weights: Iterable[tuple[str, torch.Tensor | str]]):
         yield name, weight
 
 
+def set_apart(weights: Iterable[tuple[str, torch.Tensor]], shared: dict):
+    """The same weights; a tensor that holds several, in one turn or in many, as those."""
+    for name, weight in weights:
+        match = None
+        for pattern, (dim, unit, parts) in shared.items():
+            if match := pattern.fullmatch(name):
+                turns = weight.unflatten(dim, (-1, sum(parts.values()), unit))
+                rows = turns.split(list(parts.values()), dim + 1)
+                for part, own in zip(parts, rows, strict=True):
+                    yield match.expand(part), own.flatten(dim, dim + 2)
+                break
+        if not match:
+            yield name, weight
+
+
 def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeated: dict):
     """The same weights; some in parts, as those stacked over layers, some once for each use."""
     for name, weight in weights:
