@@ -202,10 +202,10 @@ def _check_layer_types(cfg: Mapping[str, Any], allowed: tuple[str, ...]) -> None
             need=" or ".join(allowed),
             fix="write a model file that handles it",
         )
-    if "sliding_attention" in types and not cfg.get("sliding_window"):
+    if "sliding_attention" in types and not cfg.get("sliding_window", True):
         raise ConfigError(
             "a layer attends within a window of no size",
-            got=f"sliding_attention in layer_types, sliding_window={cfg.get('sliding_window')}",
+            got=f"sliding_attention in layer_types, sliding_window={cfg['sliding_window']}",
             need="sliding_window=, in tokens",
             fix='"sliding_window": 4096 in config.json, or full_attention in layer_types',
         )

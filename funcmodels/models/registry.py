@@ -17,6 +17,8 @@ ZOO = {
     "LlamaForCausalLM": "funcmodels.models.llama",
     "FmBertModel": "funcmodels.models.bert",
     "BertModel": "funcmodels.models.bert",
+    "FmModernBertModel": "funcmodels.models.modernbert",
+    "ModernBertModel": "funcmodels.models.modernbert",
     "FmDeepseekV2ForCausalLM": "funcmodels.models.deepseek_v2",
     "DeepseekV2ForCausalLM": "funcmodels.models.deepseek_v2",
     "FmDeepseekV3ForCausalLM": "funcmodels.models.deepseek_v3",
