@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,17 +14,22 @@ from rich.console import Console
 from torch import Tensor
 
 from funcmodels import optim, tree
-from funcmodels.finite import first_not_finite, not_finite_gradients, refuse
-from funcmodels.loss import loss as packed_loss
+from funcmodels.finite import not_finite_gradients, refuse
+from funcmodels.gradients import accumulate, grad_and_value
+from funcmodels.precision import cast
 from funcmodels.spec import Model
 from funcmodels.stop import on_signals
 from funcmodels.train_data import Data, Source, num_tokens, to_device
+from funcmodels.train_job import on_mesh, one_process
 from funcmodels.train_log import Log
 from funcmodels.train_resume import keeper_of, restore, save
 from funcmodels.training_checkpoint import Checkpoints
 
+if TYPE_CHECKING:
+    from compiler.torch_target import CompiledModel
+
 # (model, weights, batch) -> scalar
-Loss = Callable[[Model, Any, Any], Tensor]
+Loss = Callable[[Any, Any, Any], Tensor]
 
 
 @dataclass
@@ -45,13 +50,15 @@ class Fitted:
 
 
 def fit(
-    model: Model,
+    model: Model | CompiledModel,
     weights: Any,
     data: Data,
     *,
     steps: int,
     optimizer: optim.Optimizer,
-    loss: Loss = packed_loss,
+    loss: Loss | None = None,
+    microbatches: int = 1,
+    dtype: torch.dtype | None = None,
     clip: float | None = None,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     evaluate_every: int = 100,
@@ -69,12 +76,21 @@ def fit(
 
     SIGINT and SIGTERM end it after the step at work, with a checkpoint; a second one at once.
 
+    On several processes, `model` is what `fm.compile_to_torch(model, mesh)` returns and `weights`
+    its `weights()`; every process calls this, with batches of its own along "dp" and "fsdp".
+
     Args:
+        model: what is trained.
+        weights: its parameters; the masters, where `dtype` is another.
         data: batches: an iterable, gone through again at its end, or a function of the batch's
             number. A resumed run goes on where the other stopped.
         steps: in all, those before a checkpoint included.
         optimizer: as `fm.optim.adamw(3e-4)`.
-        loss: (model, weights, batch) -> scalar; `fm.loss` on the batches of `fm.pack` by default.
+        loss: (model, weights, batch) -> scalar, a mean; `fm.loss` on the batches of `fm.pack` by
+            default. On a mesh it must be the mean over all processes, see `CompiledModel.mean`.
+        microbatches: the parts in which a batch is gone through, to need less memory, see
+            `fm.accumulate`.
+        dtype: to compute in, see `fm.cast`; None is that of the weights.
         clip: the largest norm of all gradients together; they are scaled down to it.
         evaluate: weights -> {name: number}, called every `evaluate_every` steps and at the end.
         checkpoints: a folder, or `fm.Checkpoints(folder, keep=3)`; saved every `save_every` steps
@@ -88,18 +104,23 @@ def fit(
         NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
             the first block. The weights were not touched by that step.
         CheckpointError: the newest checkpoint is of another model or optimiser.
+        TrainingError: an optimiser that cannot work on parts of parameters.
     """
     weights = tree.map(lambda w: w.detach() if donate else w.detach().clone(), weights)
     done = Fitted(weights, optimizer.init(weights))
     device = tree.leaves(weights)[0].device
+    job = one_process(model) if isinstance(model, Model) else on_mesh(model, optimizer, done)
     source, keeper = Source(data), keeper_of(checkpoints, resume)
     if keeper is not None and (newest := keeper.latest()) is not None:
-        restore(keeper, newest, model, done, source)
+        restore(keeper, newest, job, done, source)
 
     def loss_of(weights: Any, batch: Any) -> Tensor:
-        return loss(model, weights, batch)
+        weights = weights if dtype is None else cast(job.model, weights, dtype)
+        return (loss or job.loss)(model, weights, batch)
 
-    gradients = torch.func.grad_and_value(loss_of)
+    gradients = grad_and_value(loss_of)
+    if microbatches > 1:
+        gradients = accumulate(loss_of, microbatches)
     if compile:
         gradients = torch.compile(gradients, backend=compile if compile is not True else "inductor")
     leader = not dist.is_initialized() or dist.get_rank() == 0
@@ -117,16 +138,17 @@ def fit(
             place, batch = source.position, to_device(source.next(), device)
             drawn = torch.get_rng_state()
             grads, value = gradients(done.weights, batch)
-            norm, value = float(optim.global_norm(grads)), float(value)
+            norm, value = float(job.norm(grads)), float(value)
             if not (math.isfinite(value) and math.isfinite(norm)):
                 if keeper is not None:
                     keeper.wait()
                 torch.set_rng_state(drawn)  # the second run draws what the first one drew
-                what, cause = "the loss is not finite", None
                 if math.isfinite(value):
-                    what, cause = "the gradient is not finite", (not_finite_gradients(grads), None)
-                cause = cause or first_not_finite(done.weights, batch, loss_of)
-                raise refuse(f"{what} ({value}, |grad| {norm})", done.step, batch, place, cause)
+                    cause = not_finite_gradients(grads), None
+                else:
+                    cause = job.why(done.weights, batch, loss_of)
+                what = f"the loss ({value}) or the gradient ({norm}) is not finite"
+                raise refuse(what, done.step, batch, place, cause)
             if clip is not None:
                 grads = optim.scale_to_norm(grads, torch.tensor(norm), clip, donate=True)
             done.weights, done.state = optimizer.update(
@@ -134,18 +156,18 @@ def fit(
             )
             done.step += 1
             done.losses.append(value)
-            said.step(done.step, loss=value, grad_norm=norm, tokens=num_tokens(batch))
+            said.step(done.step, loss=value, grad_norm=norm, tokens=num_tokens(batch) * job.batches)
             if evaluate is not None and (done.step % evaluate_every == 0 or done.step == steps):
                 said.row("evaluation", done.step, **evaluate(done.weights))
                 said.not_training()
             if keeper is not None and done.step % save_every == 0:
-                save(keeper, model, done, source)
+                save(keeper, job, done, source)
                 saved = done.step
                 said.not_training()
         done.stopped = stop.asked.name if stop.asked is not None else None
         if keeper is not None:
             if saved < done.step:
-                save(keeper, model, done, source)
+                save(keeper, job, done, source)
             keeper.wait()
         said.row("end", done.step, stopped=done.stopped)
     return done

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from funcmodels.errors import CheckpointError
 from funcmodels.rng import rng_state, set_rng_state
-from funcmodels.spec import Model
 from funcmodels.train_data import Source
 from funcmodels.training_checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     from funcmodels.train import Fitted
+    from funcmodels.train_job import Job
 
 
 def keeper_of(
@@ -40,27 +40,28 @@ def keeper_of(
     return keeper
 
 
-def save(keeper: Checkpoints, model: Model, done: Fitted, source: Source) -> None:
+def save(keeper: Checkpoints, job: Job, done: Fitted, source: Source) -> None:
     """A checkpoint after `done.step` steps."""
     trees = {"weights": done.weights, "optimizer": done.state, "rng": _of_all_ranks(rng_state())}
-    keeper.save(done.step, trees, {"model": model.name, "data": source.state()})
+    about = {"model": job.model.name, "data": source.state()}
+    keeper.save(done.step, trees, about, job.places)
 
 
-def restore(keeper: Checkpoints, step: int, model: Model, done: Fitted, source: Source) -> None:
+def restore(keeper: Checkpoints, step: int, job: Job, done: Fitted, source: Source) -> None:
     """Go on from a checkpoint: weights and state are filled in place.
 
     The random generators go on too where the job has as many processes as then; with another
     number each draws from a seed of its own, made of the step and its rank.
     """
     about = keeper.about(step)
-    if about["model"] != model.name:
+    if about["model"] != job.model.name:
         raise CheckpointError(
             f"{keeper.folder} is of another model",
             got=about["model"],
-            need=model.name,
+            need=job.model.name,
             fix="another folder for checkpoints",
         )
-    keeper.load(step, {"weights": done.weights, "optimizer": done.state})
+    keeper.load(step, {"weights": done.weights, "optimizer": done.state}, job.places)
     rng = _of_all_ranks(rng_state())
     if keeper.shapes(step, "rng") == {path: value.shape for path, value in rng.items()}:
         keeper.load(step, {"rng": rng})

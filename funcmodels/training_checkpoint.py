@@ -27,6 +27,7 @@ from funcmodels import training_storage as storage
 from funcmodels import tree
 from funcmodels.errors import CheckpointError, listed
 from funcmodels.spec import Model
+from funcmodels.training_places import Places
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -79,13 +80,20 @@ class Checkpoints:
         """What was said of a checkpoint when it was saved."""
         return self._contents(step)["about"]
 
-    def save(self, step: int, trees: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        about: Mapping[str, Any],
+        places: Places | None = None,
+    ) -> None:
         """Save trees of tensors. When this returns, the tensors may be overwritten.
 
         Args:
             step: names the checkpoint; one of the same step is replaced.
             trees: name -> pytree of tensors.
             about: what to keep beside them, as JSON can hold it.
+            places: "name.path" -> where a tensor of this process lies in the whole one.
         Raises:
             CheckpointError: `about` is no JSON, or two tensors have one path; also what went
                 wrong with the checkpoint before this one, in the background.
@@ -95,7 +103,7 @@ class Checkpoints:
         _check_json(about)
         self.folder.mkdir(parents=True, exist_ok=True)
         writer = storage.Writer(self._path(step), state, dict(about))
-        self._pending = storage.start_save(writer, _own_storage(state), _group())
+        self._pending = storage.start_save(writer, _own_storage(state), places or {}, _group())
         if not self.background:
             self.wait()
 
@@ -110,17 +118,24 @@ class Checkpoints:
                 storage.remove(self._path(step))
             storage.sweep(self.folder)  # every process has written: what lies there is a dead one's
 
-    def load(self, step: int, trees: Mapping[str, Any]) -> None:
+    def load(self, step: int, trees: Mapping[str, Any], places: Places | None = None) -> None:
         """Fill trees of tensors in place with what was saved under the same names.
 
+        Args:
+            places: as of `save`; those of the mesh that loads, whatever mesh has saved.
         Raises:
             CheckpointError: no such checkpoint, or one whose tensors have other names, shapes or
                 dtypes; nothing is written then.
         """
         self._contents(step)
         state = _by_path(trees)
-        _check(state, storage.stored(self._path(step)), set(trees), self._path(step))
-        storage.read_into(self._path(step), {p: _whole(t) for p, t in state.items()}, _group())
+        shapes = {name: tuple(_whole(value).shape) for name, value in state.items()}
+        shapes |= {
+            name: tuple(place.shape) for name, place in (places or {}).items() if place.shape
+        }
+        _check(state, shapes, storage.stored(self._path(step)), set(trees), self._path(step))
+        state = {name: _whole(value) for name, value in state.items()}
+        storage.read_into(self._path(step), state, places or {}, _group())
 
     def shapes(self, step: int, name: str) -> dict[str, torch.Size]:
         """The shape of every tensor saved in the tree `name`, by its path there."""
@@ -212,7 +227,13 @@ def _group_beside(world: Any) -> Any:
     return dist.new_group(backend="gloo")
 
 
-def _check(state: dict[str, Tensor], stored: dict[str, Any], names: set[str], path: Path) -> None:
+def _check(
+    state: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    stored: dict[str, Any],
+    names: set[str],
+    path: Path,
+) -> None:
     """Names, shapes and dtypes are those of the checkpoint."""
     there = {name for name in stored if name.split(".")[0] in names}
     if missing := [name for name in state if name not in there]:
@@ -229,7 +250,7 @@ def _check(state: dict[str, Tensor], stored: dict[str, Any], names: set[str], pa
             fix="resume with the model and the optimiser that were saved",
         )
     for name, value in state.items():
-        have, shape = stored[name], tuple(_whole(value).shape)
+        have, shape = stored[name], shapes[name]
         if tuple(have.size) != shape or have.properties.dtype != value.dtype:
             raise CheckpointError(
                 f"{name} is another tensor in {path}",

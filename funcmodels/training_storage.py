@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from funcmodels.atomic import sync
+from funcmodels.training_places import LoadPlanner, Places, SavePlanner
 
 # What a whole checkpoint holds beside its tensors; written last.
 CONTENTS = "training.json"
@@ -108,18 +109,20 @@ def is_covered(tensor: TensorStorageMetadata) -> bool:
     return sum(prod(chunk.sizes) for chunk in tensor.chunks) == prod(tensor.size)
 
 
-def start_save(writer: Writer, state: Mapping[str, Tensor], group: Any) -> Any:
+def start_save(writer: Writer, state: Mapping[str, Tensor], places: Places, group: Any) -> Any:
     """Copies the tensors to the CPU, and then writes them in a thread; returns its future."""
     _quiet()
-    response = async_save(dict(state), storage_writer=writer, process_group=group)
+    response = async_save(
+        dict(state), storage_writer=writer, planner=SavePlanner(places), process_group=group
+    )
     return getattr(response, "upload_completion", response)
 
 
-def read_into(folder: Path, state: Mapping[str, Tensor], group: Any) -> None:
+def read_into(folder: Path, state: Mapping[str, Tensor], places: Places, group: Any) -> None:
     """Fill tensors in place, each process with the parts that it holds."""
     _quiet()
     reader = HuggingFaceStorageReader(str(folder))
-    load(dict(state), storage_reader=reader, process_group=group)
+    load(dict(state), storage_reader=reader, planner=LoadPlanner(places), process_group=group)
 
 
 def _files(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -46,9 +46,8 @@ def test_it_is_the_loop_written_out():
     optimizer = fm.optim.chain(fm.optim.clip_by_global_norm(0.5), fm.optim.adamw(0.02))
     state, losses = optimizer.init(weights), []
     for number in range(8):
-        grads, loss = torch.func.grad_and_value(lambda w, b: fm.loss(MODEL, w, b))(
-            weights, batch(number)
-        )
+        step = fm.grad_and_value(lambda w, b: fm.loss(MODEL, w, b))
+        grads, loss = step(weights, batch(number))
         weights, state = optimizer.update(grads, state, weights)
         losses.append(float(loss))
     fitted = train(clip=0.5)
@@ -71,6 +70,25 @@ def test_donated_weights_are_trained_in_place():
     assert_same(weights, fitted.weights)
     assert_same(weights, train().weights)
     assert fitted.weights["embed"].data_ptr() == weights["embed"].data_ptr()
+
+
+def test_microbatches():
+    """Two parts of a batch, and the batch: the same curve."""
+    assert train(microbatches=2).losses == pytest.approx(train().losses, rel=1e-4)
+
+
+def test_compute_dtype():
+    """Computed in bfloat16, on float32 masters: what the cast written out gives."""
+
+    def loss(model: fm.Model, weights: Any, batch: Any) -> Tensor:
+        return fm.loss(model, fm.cast(model, weights, torch.bfloat16), batch)
+
+    fitted, written_out = train(dtype=torch.bfloat16), train(loss=loss)
+    assert fitted.losses == written_out.losses
+    assert fitted.losses == pytest.approx(train().losses, rel=0.1)
+    assert fitted.losses != train().losses
+    assert_same(fitted.weights, written_out.weights)
+    assert fitted.weights["embed"].dtype == torch.float32
 
 
 def test_progress_log_and_evaluation(tmp_path):

@@ -278,3 +278,70 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     on_ranks(fit_on, 2, tmp_path, 3, alone[:3])
     on_ranks(fit_on, 3, tmp_path, 5, alone[3:5])  # resumed by another number of processes
     assert fm.Checkpoints(tmp_path).steps() == [3, 4, 5]
+
+
+# --- fm.fit on meshes ----------------------------------------------------------------------------
+
+MESHES = {
+    "dp": ((2,), ("dp",)),
+    "fsdp": ((2,), ("fsdp",)),
+    "tp": ((2,), ("tp",)),
+    "fsdp_tp": ((2, 2), ("fsdp", "tp")),
+}
+
+
+def documents(number: int) -> Any:
+    """Four rows, of which the last has half as many tokens as the others."""
+    starts = torch.arange(4)[:, None] * 3 + number
+    rows = list((starts + torch.arange(8)) % 16)
+    return fm.pack([*rows[:3], rows[3][:4]], 8)
+
+
+def mesh_fit(rank: int, size: int, port: int, folder: Path, mesh: str, steps: int) -> None:
+    join(rank, size, port)
+    shape, names = MESHES[mesh]
+    devices = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    model = tiny(vocab_size=16, num_hidden_layers=1)
+    module = fm.compile_to_torch(model, devices).reset(seed=0)
+    share = 1 if mesh == "tp" else 2
+    own = 0 if mesh == "tp" else devices.get_local_rank(names[0])
+
+    def data(number: int) -> Any:
+        return {name: value.chunk(share)[own] for name, value in documents(number).items()}
+
+    fitted = fm.fit(module, module.weights(), data, steps=steps, optimizer=fm.optim.adamw(0.02),
+                    clip=0.5, checkpoints=folder / "run", log=folder / "log.jsonl",
+                    progress=False)  # fmt: skip
+    assert fitted.step == steps
+    if mesh in ("fsdp", "tp"):
+        muon = fm.optim.muon(0.1, fm.optim.matrices(model), rest=fm.optim.adamw(0.1))
+        clipped = fm.optim.chain(fm.optim.clip_by_global_norm(1.0), fm.optim.adamw(0.1))
+        for optimizer in (muon, clipped):
+            with pytest.raises(fm.errors.TrainingError, match="each process holds a part of them"):
+                fm.fit(module, module.weights(), data, steps=1, optimizer=optimizer)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fit_on_one_mesh_after_another(tmp_path):
+    """Losses, norms and weights are those of one process; each mesh goes on from the last one's."""
+    model = tiny(vocab_size=16, num_hidden_layers=1)
+    alone = fm.fit(model, fm.init(model, seed=0), documents, steps=10, clip=0.5,
+                   optimizer=fm.optim.adamw(0.02), log=tmp_path / "alone.jsonl",
+                   progress=False)  # fmt: skip
+    for steps, mesh in zip((2, 4, 6, 8), MESHES, strict=True):
+        size = 4 if mesh == "fsdp_tp" else 2
+        on_ranks(mesh_fit, size, tmp_path, mesh, steps)
+    fm.fit(model, fm.init(model, seed=0), documents, steps=10, clip=0.5,
+           optimizer=fm.optim.adamw(0.02), checkpoints=tmp_path / "run",
+           log=tmp_path / "log.jsonl", progress=False)  # fmt: skip
+
+    def curve(name: str) -> list[tuple[float, float]]:
+        rows = map(json.loads, (tmp_path / name).read_text().splitlines())
+        return [(row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "step"]
+
+    for got, expected in zip(curve("log.jsonl"), curve("alone.jsonl"), strict=True):
+        assert got == pytest.approx(expected, rel=2e-5)
+    weights = fm.Checkpoints(tmp_path / "run").load_weights(model)
+    close = {"atol": 1e-4, "rtol": 1e-3}
+    fm.tree.map(lambda a, b: torch.testing.assert_close(a, b, **close), weights, alone.weights)

@@ -103,6 +103,7 @@ def muon(
         weight_decay=weight_decay,
         decay=decay,
         state_dtype=state_dtype,
+        elementwise=False,
     )
     return partition({**dict.fromkeys(matrices, hidden), "*": rest})
 

@@ -44,10 +44,13 @@ class Optimizer:
         update: (grads, state, weights) -> (new weights, new state). With `donate=True` the weights
             and the state given are overwritten, and may be the ones returned: a step then needs no
             second copy of them, and neither the old ones nor the gradients may be used again.
+        elementwise: whether the step of an element depends on that element alone, so that a process
+            may do it that holds a part of a parameter.
     """
 
     init: Callable[[Any], Any]
     update: Update
+    elementwise: bool = True
 
 
 class Hyper(NamedTuple):
@@ -88,6 +91,7 @@ def optimizer_of(
     weight_decay: float,
     decay: Mask | None,
     state_dtype: torch.dtype | None,
+    elementwise: bool = True,
 ) -> Optimizer:
     """An optimiser whose state is the step and, for each slot, a tree like the weights, of zeros.
 
@@ -126,7 +130,7 @@ def optimizer_of(
         }
         return tree.unflatten(weights, new), {"step": step, **states}
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, elementwise)
 
 
 @dataclass

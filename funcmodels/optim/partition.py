@@ -53,7 +53,7 @@ def partition(parts: Mapping[str, Optimizer]) -> Optimizer:
         new = {path: value for part, _ in done for path, value in part.items()}
         return tree.unflatten(weights, new), [s for _, s in done]
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, all(optimizer.elementwise for optimizer in optimizers))
 
 
 def frozen() -> Optimizer:

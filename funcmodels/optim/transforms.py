@@ -31,7 +31,7 @@ def chain(*parts: Any) -> Optimizer:
             grads = transform(grads, donate=donate)
         return optimizer.update(grads, state, weights, donate=donate)
 
-    return Optimizer(optimizer.init, update)
+    return Optimizer(optimizer.init, update, optimizer.elementwise and not transforms)
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
