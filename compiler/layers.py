@@ -123,10 +123,10 @@ def _experts(comm: Comm, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
     kind = calls[0][1]["kind"]
     out = []
     for rank, (args, kwargs) in zip(comm.ranks, calls, strict=True):
-        *rest, biases = args
+        x, weights, ids, matrices, biases = args
         if biases and kind != "replicated" and rank > 0:
             biases = (*biases[:2], None)
-        out.append(experts(*rest, biases, **kwargs))
+        out.append(experts(x, weights, ids, matrices, biases, **kwargs))
     return comm.run(collectives.all_reduce, out, ()) if kind == "row" else out
 
 

@@ -197,7 +197,7 @@ def loading_of(plan: Plan, model: Model) -> Loading:
                 loading.regex[of] = new if one else _unfused(to)
             if to.layout is not None:
                 loading.layouts[of] = (to.layout, _needed(to))
-    loading.experts = dict(_template(name, each) for name, each in plan.split.items())
+    loading.experts = _patterns(plan.split)
     loading.ignored = (*map(_glob, model.hf_ignored), *_unused(plan, model))
     loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
     if plan.head is not None:
@@ -226,6 +226,20 @@ def _shared(model: TakenApart) -> dict[str, tuple[int, int, dict[str, int]]]:
             found[f"^{re.escape(name)}$"] = shared.dim, shared.unit, dict(shared.parts)
     # A name of its own is looked up before the pattern that means it too.
     return dict(sorted(found.items(), key=lambda item: r"(\d+)" in item[0]))
+
+
+def _patterns(names: Mapping[str, str]) -> dict[str, str]:
+    """Names and what they become, by a pattern for any index where that says it for all of them."""
+    found: dict[str, set[str]] = {}
+    for name, new in names.items():
+        pattern, replaced = _template(name, new)
+        found.setdefault(pattern, set()).add(replaced)
+    out: dict[str, str] = {}
+    for name, new in names.items():
+        pattern, replaced = _template(name, new)
+        one = len(found[pattern]) == 1
+        out |= {pattern: replaced} if one else {f"^{re.escape(name)}$": new}
+    return out
 
 
 def _unused(plan: Plan, model: Model) -> list[str]:

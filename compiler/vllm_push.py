@@ -154,8 +154,9 @@ def _served_class(llm: LLM) -> Any:
 def _check_layers(served: Any, dtype: torch.dtype) -> None:
     """Refuse layers that vLLM does not reload whole.
 
-    Experts are off by nats after it, with the same weights too. Of float16 sinks, attention on a
-    CPU makes a float32 copy at its first call, and never another.
+    vLLM's own layer of experts is off by nats after it on a CPU, with the same weights too; that
+    which emitted files carry is made anew. Of float16 sinks, attention on a CPU makes a float32
+    copy at its first call, and never another.
     """
     module = sys.modules[served.__module__]
     if dtype == torch.float16 and "sinks=self." in Path(str(module.__file__)).read_text():
@@ -166,11 +167,12 @@ def _check_layers(served: Any, dtype: torch.dtype) -> None:
             fix='LLM(..., dtype="bfloat16") or dtype="float32"',
         )
     used = vars(module).values()
-    if any("fused_moe" in str(getattr(each, "__module__", "")) for each in used):
+    mixes = any("fused_moe" in str(getattr(each, "__module__", "")) for each in used)
+    if mixes and not hasattr(module, "Experts"):
         raise PushError(
             f"{served.__name__} mixes experts",
             got="vLLM's layer for them, whose weights are wrong after an update",
-            need="a model without it",
+            need="a model without it, or compiled by this version",
             fix="fm.save(model, weights, folder), and start an engine of that folder",
         )
 

@@ -495,6 +495,12 @@ def check_experts(vllm_config: VllmConfig, hidden: int, mlp: int, *, is_summed: 
                 f"data_parallel_size={parallel.data_parallel_size}\n"
                 "  fix:  data_parallel_size=1"
             )
+    if current_platform.is_cpu() and vllm_config.lora_config is not None:
+        raise ValueError(
+            "vLLM has no kernel for experts beside LoRA adapters on a CPU\n"
+            "  got:  enable_lora=True\n"
+            "  fix:  merge the adapter into the weights, or another device"
+        )
     local = mlp // get_tensor_model_parallel_world_size()
     if current_platform.is_cpu() and (hidden % 32 or local % 32):
         raise ValueError(

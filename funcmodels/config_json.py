@@ -79,7 +79,9 @@ def _built(model: Model) -> dict[str, Any]:
         )
     tables = sum("vocab" in param.axes for param in model.by_path.values())
     tied = tables == 1 and model.task == "generate"
-    return {"model_type": "funcmodels", **known, "tie_word_embeddings": tied, **own}
+    counts = [axes[axis] for axis, mesh in model.table.items() if mesh == "ep"]
+    mixed = {"num_experts": counts[0]} if counts else {}
+    return {"model_type": "funcmodels", **known, "tie_word_embeddings": tied, **mixed, **own}
 
 
 def _fields(model: Model) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 # What formatters take for a line by default.
 WIDTH = 88
 
@@ -101,4 +103,6 @@ def literal(value: object) -> str:
         if isinstance(value, list):
             return f"[{inner}]"
         return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     return repr(value)
