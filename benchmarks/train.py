@@ -1,0 +1,153 @@
+"""Speed and memory of training: ours against `transformers`, eager and compiled, and against JAX.
+
+    python -m benchmarks.train [--quick] [--dtype NAME ...] [--rows N] [--rounds N] [--threads N]
+                               [--jax-python PATH] [--json FILE]
+
+SmolLM2-135M's shape with random weights, the same on every side; packed sequences of 512 tokens; a
+step is forward, backward and AdamW, on weights in the dtype of the row. Each side is a process of
+its own; they take turns, A B C, C B A, ..., and the first turn is thrown away. Memory is the
+largest resident memory of the process during its steps, compilation left out. The JAX side needs
+the extra `jax`, in this environment or in that of `--jax-python`; without it, it is left out.
+"""
+
+import json as json_
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import funcmodels as fm
+from benchmarks.table import Row, compare, report, spread
+from benchmarks.train_task import HF, QUICK_LAYERS, Task
+
+EAGER = ("ours eager", "transformers eager")
+COMPILED = ("ours compiled", "transformers compiled", "jax")
+CLOSE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the first losses, relative: one function
+
+
+class Side:
+    """A process that takes steps."""
+
+    def __init__(self, task: Task, python: str, log: Path) -> None:
+        self.task, self.log = task, log
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.train_side", task.text()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json_.loads(line[1:])
+        raise RuntimeError(f"{self.task.side} ended\n{self.log.read_text()[-3000:]}")
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """Tokens per second, and peak bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        found = self.answer()
+        return {"speed": steps * self.task.tokens / found["seconds"], "peak": found["peak"]}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+Figures = dict[str, dict[str, list[float]]]  # side -> speed or peak -> one figure a turn
+
+
+def measure(tasks: list[Task], pythons: dict[str, str], rounds: int, console: Console) -> Figures:
+    """Let the sides take turns."""
+    figures: Figures = {t.side: {"speed": [], "peak": []} for t in tasks}
+    sides: list[Side] = []
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as logs:
+        try:
+            for i, task in enumerate(tasks):  # one after another: each compiles on all cores
+                sides.append(
+                    Side(task, pythons.get(task.side, sys.executable), Path(logs) / str(i))
+                )
+                loss = sides[-1].answer()["loss"]
+                console.print(f"  {task.dtype} {task.side}: first loss {loss:.4f}", highlight=False)
+                losses.append(loss)
+                if abs(loss - losses[0]) > CLOSE[task.dtype] * losses[0]:
+                    raise RuntimeError(f"{task.side} finds another loss than {tasks[0].side}")
+            for turn in range(rounds + 1):
+                for side in sides if turn % 2 else reversed(sides):
+                    found = side.measure(1)
+                    if turn > 0:
+                        for name, value in found.items():
+                            figures[side.task.side][name].append(value)
+        finally:
+            for side in sides:
+                side.close()
+    return figures
+
+
+def to_rows(figures: Figures, what: str, sides: tuple[str, ...]) -> list[Row]:
+    """Speed and memory of ours, the first of `sides`, against the best of the others measured."""
+    ours, *peers = [side for side in sides if side in figures]
+    speed = {peer: figures[peer]["speed"] for peer in peers}
+    rows = [compare(f"{what}, speed", figures[ours]["speed"], speed, "tokens/s")]
+    for peer in peers:  # less is better, so each is held against ours by itself
+        mine, its = (median(figures[side]["peak"]) / 1e9 for side in (ours, peer))
+        rows.append(Row(f"{what}, memory", mine, its, peer, its / mine, "GB"))
+    return rows
+
+
+def show_noise(figures: Figures, what: str, console: Console) -> None:
+    for side, found in figures.items():
+        speed, peak = found["speed"], median(found["peak"]) / 1e9
+        text = f"  {what} {side}: {median(speed):,.0f} tokens/s ±{spread(speed):.0%}, {peak:.2f} GB"
+        console.print(text, highlight=False)
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="four layers, one row, few turns")] = False,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16")] = None,
+    rows: Annotated[int | None, typer.Option(help="sequences of a batch")] = None,
+    rounds: Annotated[int | None, typer.Option(help="turns of each side")] = None,
+    threads: Annotated[int | None, typer.Option(help="OpenMP threads of torch's sides")] = None,
+    jax_python: Annotated[Path | None, typer.Option(help="interpreter with the extra jax")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
+) -> None:
+    """Training steps of ours, transformers and JAX."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    console, found = Console(), []
+    pythons = {} if jax_python is None else {"jax": str(jax_python)}
+    has_jax = jax_python is not None or find_spec("jax") is not None
+    if not has_jax:
+        console.print("JAX is not installed, and is left out: pip install funcmodels[jax]")
+    hf = {**HF, "num_hidden_layers": QUICK_LAYERS} if quick else HF
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json_.dumps(hf))
+        model = fm.load_model(folder)
+        fm.save(model, fm.init(model, seed=0, dtype=torch.float32), folder)
+        for name in dtype or list(CLOSE):
+            sides = [s for s in (*EAGER, *COMPILED) if s != "jax" or has_jax]
+            tasks = [Task(s, folder, name, rows or (1 if quick else 4)) for s in sides]
+            figures = measure(tasks, pythons, rounds or (2 if quick else 7), console)
+            show_noise(figures, name, console)
+            found += to_rows(figures, f"{name} eager", EAGER)
+            found += to_rows(figures, f"{name} compiled", COMPILED)
+    shape = "four layers" if quick else "SmolLM2-135M"
+    report(f"Training, {shape}, CPU, forward, backward and AdamW", found, json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
