@@ -67,10 +67,10 @@ class Gather:
                 out[i] = value if alone else value.clone()
         return out
 
-    def scatter(self, grads: list[Any]) -> list[Any]:
+    def scatter(self, grads: list[Any], *, waits: bool) -> list[Any]:
         """The gradients of the shards from those of the whole parameters, summed over ranks.
 
-        None where there is none, on every rank.
+        None where there is none, on every rank. Unless it waits, they are on their way.
         """
         out: list[Any] = [None] * len(grads)
         for at in self._groups(grads):
@@ -85,7 +85,7 @@ class Gather:
                 rows.append(parts.reshape(cut.parts, -1))
                 sizes.append(parts.shape[1:])
             flat = self.comm.start_scatter(torch.cat(rows, 1).view(-1))
-            if not all(self.lands[i] for i in at):
+            if waits or not all(self.lands[i] for i in at):
                 wait(flat)
             pieces = flat.split([row.shape[1] for row in rows])
             for i, piece, size in zip(at, pieces, sizes, strict=True):
@@ -205,6 +205,7 @@ class _Call:
     needs: list[bool]  # of which inputs and shards gradients are wanted
     keeps: bool
     differentiates: bool = False
+    went_back: bool = False
     before: _Call | None = None
     shards: Tensors = field(default_factory=list)
     leaves: Tensors = field(default_factory=list)  # inputs and whole parameters
@@ -275,7 +276,10 @@ class _Call:
         self.leaves, self.outputs = [], []  # the graph was used up
         rest = iter(found)
         every = [next(rest) if needed else None for needed in self.needs]
-        every[self.n_inputs :] = unit.gather.scatter(every[self.n_inputs :])
+        # In a backward of a backward, this is not all there is of these gradients: they are added
+        # to others before anything waits for them. It is the call's second.
+        waits, self.went_back = self.went_back, True
+        every[self.n_inputs :] = unit.gather.scatter(every[self.n_inputs :], waits=waits)
         return [_own(x) for x in every if x is not None]
 
     def again(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -178,7 +178,8 @@ class CompiledModel(nn.Module):
         dtype = torch.float32 if path is None else local[path].dtype
         if self.sequence_parallel:
             self._check_divides(tokens)
-        return _linked_once(self, batched, segments, dtype, tokens.device)
+        _link(self, batched, segments, dtype, tokens.device)
+        return self.linked[batched, segments, dtype, tokens.device]
 
     def _check_divides(self, tokens: Tensor) -> None:
         """The tokens of a sequence can be cut over the tp ranks."""
@@ -223,21 +224,21 @@ class CompiledModel(nn.Module):
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it, and does not look into it
-def _linked_once(
+def _link(
     module: CompiledModel,
     batched: bool,
     segments: bool,
     dtype: torch.dtype,
     device: torch.device,
-) -> Linked:
-    """The program as functions, made the first time: whatever transforms are at work then."""
+) -> bool:
+    """See that a program is there as functions, whatever transforms are at work."""
     key = (batched, segments, dtype, device)
     if key not in module.linked:
         assert module.layout is not None
         with temporarily_clear_interpreter_stack(), torch.enable_grad():
             program = module.program(batched=batched, segments=segments)
             module.linked[key] = Linked(program, module.layout, dtype, device)
-    return module.linked[key]
+    return True
 
 
 def put_parameter(module: nn.Module, path: str, value: Tensor) -> None:

@@ -39,7 +39,13 @@ def own_rows(module: fm.CompiledModel, *tensors: Tensor) -> list[Tensor]:
 
 def loss_of(module: fm.CompiledModel, weights: Any, step: int) -> Tensor:
     """The mean over all tokens of all ranks that the mask leaves."""
-    tokens, positions, mask = own_rows(module, *batch(step))
+    return loss_on(module, weights, *own_rows(module, *batch(step)))
+
+
+def loss_on(
+    module: fm.CompiledModel, weights: Any, tokens: Tensor, positions: Tensor, mask: Tensor
+) -> Tensor:
+    """The same, of rows of this process."""
     logits = module.pure(weights, tokens[:, :-1], positions)
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     return module.mean(losses, mask)
