@@ -145,6 +145,14 @@ class ZooConfig:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in own.items()}
 
 
+def labels_of(hf: Mapping[str, Any]) -> int:
+    """How many labels a classifier has: config.json names each, and transformers takes 2 for none.
+
+    Transformers keeps no `num_labels` where it has the names.
+    """
+    return len(hf.get("id2label") or "no")
+
+
 def _value_of(own: dataclasses.Field[Any], hf: Mapping[str, Any]) -> Any:
     """What config.json says of a field, or what it is without."""
     if hf.get(own.name) is not None:

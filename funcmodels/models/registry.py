@@ -15,6 +15,14 @@ from funcmodels.spec import Model
 ZOO = {
     "FmLlamaForCausalLM": "funcmodels.models.llama",
     "LlamaForCausalLM": "funcmodels.models.llama",
+    "FmLlamaForSequenceClassification": "funcmodels.models.llama_classifier",
+    "LlamaForSequenceClassification": "funcmodels.models.llama_classifier",
+    "FmLlamaModel": "funcmodels.models.llama_embedding",
+    "LlamaModel": "funcmodels.models.llama_embedding",
+    "FmQwen3ForSequenceClassification": "funcmodels.models.qwen3_classifier",
+    "Qwen3ForSequenceClassification": "funcmodels.models.qwen3_classifier",
+    "FmQwen3Model": "funcmodels.models.qwen3_embedding",
+    "Qwen3Model": "funcmodels.models.qwen3_embedding",
     "FmBertModel": "funcmodels.models.bert",
     "BertModel": "funcmodels.models.bert",
     "FmModernBertModel": "funcmodels.models.modernbert",
@@ -78,8 +86,11 @@ def load_model(folder: str | Path) -> Model:
             need="a Hugging Face checkpoint folder, as fm.save writes it",
             fix="pass the folder that holds config.json and the .safetensors files",
         )
-    hf = json.loads(path.read_text()) | pooling_of(folder)
+    pooling = pooling_of(folder)
+    hf = json.loads(path.read_text()) | pooling
     names = hf.get("architectures") or []
+    if pooling:  # some are published as if they generated text
+        names = [name.replace("ForCausalLM", "Model") for name in names]
     module = next((ZOO[name] for name in names if name in ZOO), None)
     if module is None:
         raise ConfigError(

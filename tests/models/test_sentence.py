@@ -80,6 +80,19 @@ def test_a_folder_says_how_to_pool_or_is_refused(tmp_path):
         fm.load_model(tmp_path)
 
 
+def test_a_decoder_with_a_pooling_is_an_embedding_model(tmp_path):
+    """Qwen3-Embedding's config.json names Qwen3ForCausalLM."""
+    row = rows()["qwen3_embedding"]
+    written(tmp_path, [ENCODER, POOLING, NORMALIZE], {"pooling_mode_lasttoken": True})
+    config = {key: v for key, v in row.hf.items() if key not in ("pooling", "normalize")}
+    config["architectures"] = ["Qwen3ForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = fm.load_model(tmp_path)
+    assert (model.name, model.task, model.pooling) == ("FmQwen3Model", "embed", "last")
+    (tmp_path / "modules.json").unlink()
+    assert fm.load_model(tmp_path).name == "FmQwen3ForCausalLM"
+
+
 # The similarities that sentence-transformers shows on its front page for all-MiniLM-L6-v2.
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 SIMILARITIES = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]

@@ -108,7 +108,7 @@ def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **f
     model = row.model(variation, **changes, **fault)
     logits, states, grads = ours(row, model, weights, tokens)
     assert logits.dtype == dtype
-    assert peer_logits.std() > 0.5, "logits that hardly differ compare nothing"
+    assert peer_logits.square().mean() > 0.25, "logits near zero compare nothing"
     assert grads.keys() == read_by(model, peer_grads)
     assert not row.layer or len(states) == len(peer_states) + 1
     pairs = [(logits, peer_logits), *zip(states, peer_states, strict=False)]
@@ -121,7 +121,8 @@ def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **f
     exact = fm.tree.map(torch.Tensor.float, weights)
     exact_logits, exact_states, exact_grads = ours(row, model, exact, tokens)
     for (mine, peers), right in zip(pairs, [exact_logits, *exact_states], strict=False):
-        assert error(mine, right) < 1.3 * error(peers, right) < 0.08
+        noise = 1.3 if right.numel() > 100 else 5  # of a few scores, one may be off by luck
+        assert error(mine, right) < noise * error(peers, right) < noise * 0.06
     # One tensor's ratio is noise, most for the small biases; the mean over the tensors is not.
     ratios = {k: error(g, exact_grads[k]) / error(peer_grads[k], exact_grads[k])
               for k, g in grads.items() if exact_grads[k].norm() > 0}  # fmt: skip

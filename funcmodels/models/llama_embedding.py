@@ -1,0 +1,68 @@
+"""Llama as an embedding model: the decoder of models/llama.py without its logits.
+
+One vector a sequence by `pooling`, of length 1 with `normalize`: `fm.load_model` reads both from
+modules.json, as sentence-transformers writes it, or from config.json.
+
+Checked with: tiny random `transformers` models; the config of Llama 3.2 1B.
+Published weights were not run.
+Not supported: attention to both sides, instructions before the text (write them into it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+import funcmodels as fm
+from funcmodels.models import llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(llama.Config):
+    """Llama's; `pooling` and `normalize` are ours."""
+
+    ONLY = {**llama.Config.ONLY, "pooling": ("last", "mean", "cls")}
+
+    pooling: Literal["last", "mean", "cls"]
+    normalize: bool = False
+
+
+def params(cfg: Config) -> dict[str, Any]:
+    """Llama's parameters but the logits'; the checkpoint has no "model." before their names."""
+    decoder = {key: p for key, p in llama.params(cfg).items() if key != "head"}
+    return fm.tree.map(
+        lambda p: dataclasses.replace(p, hf=p.hf.removeprefix("model.")),
+        decoder,
+    )
+
+
+def forward(
+    params: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    segment_ids: Tensor | None = None,
+    *,
+    cfg: Config,
+) -> Tensor:
+    """Hidden states (*batch, seq, hidden) of tokens (*batch, seq)."""
+    return llama.hidden(params, tokens, positions, segment_ids, cfg)
+
+
+def model(cfg: Config) -> fm.Model:
+    """The embedding model of a config."""
+    return fm.Model(
+        "FmLlamaModel",
+        config=cfg,
+        params=params(cfg),
+        forward=functools.partial(forward, cfg=cfg),
+        sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"},
+        hf_config=cfg.to_hf(),
+        hf_architectures=("LlamaModel",),
+        task="embed",
+        pooling=cfg.pooling,
+        normalize=cfg.normalize,
+    )
