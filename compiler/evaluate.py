@@ -16,7 +16,7 @@ from compiler import collectives, over_ranks
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.placement import Placement, Shard
-from compiler.rules import LocalValues, rms_norm_over_ranks, vocab_embed
+from compiler.rules import LocalValues, max_over_ranks, rms_norm_over_ranks, vocab_embed
 from compiler.taken_apart import TakenApart
 from funcmodels import tree
 
@@ -202,3 +202,4 @@ def _vocab_embed(
 
 RANK_FUNCTIONS[vocab_embed] = _vocab_embed
 GROUP_FUNCTIONS[rms_norm_over_ranks] = over_ranks.rms_norm
+GROUP_FUNCTIONS[max_over_ranks] = over_ranks.max_over_ranks

@@ -24,8 +24,11 @@ from compiler.rules import (
     RULES,
     TOKENS,
     Decision,
+    Spelled,
+    Steps,
     View,
     decide,
+    gathered,
     is_cut,
     vocab_embed,
 )
@@ -205,8 +208,13 @@ class _BlockPartitioner:
             self.env[node], self.at[node] = self.env[same], self.at[same]
             return
         at = sequence.seen(node, self.at) if self.whole.sequence else self.at
-        decision, gathered = decide(View(node, at, self.axis))
-        if gathered:
+        view = View(node, at, self.axis)
+        decision, is_gathered = decide(view)
+        if isinstance(decision, Spelled):
+            if self._spell(node, decision):
+                return
+            decision, is_gathered = gathered(view)
+        if is_gathered:
             self.whole.note_gather(self.source, node)
         for need in decision.needs:
             self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
@@ -240,6 +248,15 @@ class _BlockPartitioner:
             map_arg(kwargs, operand),
             name=node.name,
         )
+
+    def _spell(self, node: fx.Node, spelled: Spelled) -> bool:
+        """Write a node in steps, each partitioned by its own rule; False where there are none."""
+        steps = _Steps(self, node)
+        found = spelled.write(steps)
+        if found is not None:
+            self.env[node], self.at[node] = self.env[found], self.at[found]
+        steps.forget()
+        return found is not None
 
     def output(self, node: fx.Node) -> None:
         results = tuple(self._as(r, self._result_placement(r), node) for r in self.source.results)
@@ -293,6 +310,39 @@ class _BlockPartitioner:
             new.meta["placement"] = at
             self.moved[key] = new
         return self.moved[key]
+
+
+class _Steps(Steps):
+    """Nodes beside the global view's own, forgotten once they are partitioned."""
+
+    def __init__(self, to: _BlockPartitioner, node: fx.Node) -> None:
+        self.to = to
+        self.node = node
+        self.axis = to.axis
+        self.graph = fx.Graph()
+
+    def __call__(
+        self,
+        name: str,
+        target: Any,
+        *args: Any,
+        over: int | None = None,
+        like: fx.Node | None = None,
+        dtype: torch.dtype | None = None,
+        shape: tuple | None = None,
+    ) -> fx.Node:
+        nodes = [arg for arg in args if isinstance(arg, fx.Node)]
+        kind = tensor_type(like or (nodes or [self.node])[0])
+        sizes = shape or tuple(1 if i == over else n for i, n in enumerate(kind.shape))
+        step = self.graph.create_node("call_function", target, args, name=name)
+        step.meta.update(type=TensorType(dtype or kind.dtype, sizes), where=self.node.meta["where"])
+        self.to.call_function(step)
+        return step
+
+    def forget(self) -> None:
+        """So that the operands, which are others' too, have no users here."""
+        for step in self.graph.nodes:
+            step.args = ()
 
 
 def _is_idle(node: fx.Node) -> bool:

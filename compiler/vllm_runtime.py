@@ -640,10 +640,34 @@ def own_block_loader(dim: int, units: int):
 def whole_of_blocks(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     """The whole of a value that is cut into blocks, of which several ranks may hold one."""
     ranks = get_tensor_model_parallel_world_size()
-    whole = tensor_model_parallel_all_gather(x.contiguous(), dim=dim)
+    whole = all_gathered(x, dim=dim)
     if ranks <= units:
         return whole
     return torch.cat(whole.chunk(ranks, dim)[:: ranks // units], dim)
+
+
+def all_gathered(x: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """The parts of all ranks; whole numbers go as bits, for on a CPU vLLM sends no others."""
+    if x.is_floating_point():
+        return tensor_model_parallel_all_gather(x.contiguous(), dim=dim)
+    bits = x.to(torch.int64).unsqueeze(-1).view(torch.float32)
+    whole = tensor_model_parallel_all_gather(bits.contiguous(), dim=dim)
+    return whole.view(torch.int64).squeeze(-1).to(x.dtype)
+
+
+def numbers_summed(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks of whole numbers."""
+    return all_gathered(x.unsqueeze(0), dim=0).sum(0, dtype=x.dtype)
+
+
+def max_over_ranks(x: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """The largest over a dim of which each rank has a part."""
+    return all_gathered(x.amax(dim, True), dim=dim).amax(dim, True)
+
+
+def min_over_ranks(x: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """The least over a dim of which each rank has a part."""
+    return all_gathered(x.amin(dim, True), dim=dim).amin(dim, True)
 
 
 def rms_norm_over_ranks(

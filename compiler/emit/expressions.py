@@ -11,8 +11,8 @@ from torch import fx
 
 from compiler import collectives
 from compiler.emit.scope import Scope
-from compiler.ir import MODEL_DTYPE, is_factory, target_name
-from compiler.rules import rms_norm_over_ranks, share_of_mean
+from compiler.ir import MODEL_DTYPE, is_factory, target_name, tensor_type
+from compiler.rules import max_over_ranks, rms_norm_over_ranks, share_of_mean, widened
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 
@@ -162,6 +162,8 @@ def _layer_norm(scope: Scope, node: fx.Node) -> str:
 
 @special(collectives.all_reduce)
 def _all_reduce(scope: Scope, node: fx.Node) -> str:
+    if not tensor_type(node).dtype.is_floating_point:
+        return f"{scope.module.help('numbers_summed')}({scope.value(node.args[0])})"
     return f"{scope.module.use('tensor_model_parallel_all_reduce')}({scope.value(node.args[0])})"
 
 
@@ -170,6 +172,18 @@ def _rms_norm_over_ranks(scope: Scope, node: fx.Node) -> str:
     args = [scope.value(a) for a in node.args[:2]]
     args += [f"{name}={scope.value(v)}" for name, v in node.kwargs.items()]
     return f"{scope.module.help('rms_norm_over_ranks')}({', '.join(args)})"
+
+
+@special(max_over_ranks)
+def _max_over_ranks(scope: Scope, node: fx.Node) -> str:
+    x, dim, least = node.args[:3]
+    name = scope.module.help("min_over_ranks" if least else "max_over_ranks")
+    return f"{name}({scope.value(x)}, dim={dim})"
+
+
+@special(widened)
+def _widened(scope: Scope, node: fx.Node) -> str:
+    return f"{scope.value(node.args[0])}.float()"
 
 
 @special(share_of_mean)
@@ -186,6 +200,8 @@ def _all_gather(scope: Scope, node: fx.Node) -> str:
     if not scope.module.exact.divides(at.axis, units):  # a block may lie on several ranks
         name = scope.module.help("whole_of_blocks")
         return f"{name}({scope.value(x)}, dim={dim}, units={units})"
+    if not tensor_type(x).dtype.is_floating_point:  # type: ignore[arg-type]
+        return f"{scope.module.help('all_gathered')}({scope.value(x)}, dim={dim})"
     name = scope.module.use("tensor_model_parallel_all_gather")
     return f"{name}({scope.value(x)}.contiguous(), dim={dim})"
 

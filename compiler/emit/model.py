@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -14,6 +12,7 @@ from torch import fx
 from compiler import layers
 from compiler.emit import pooling
 from compiler.emit.block import constructor, emit_block, parents, statements, symbol_lines
+from compiler.emit.helpers import helpers
 from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
 from compiler.ir import MODEL_DTYPE, tensor_type
@@ -143,14 +142,10 @@ class _Writer:
 
     def helpers(self) -> tuple[list[list[str]], list[list[str]]]:
         """The source of the runtime functions that the file uses: before its last class, after."""
-        source = (Path(__file__).parent.parent / "vllm_runtime.py").read_text()  # not imported:
-        lines = source.split("\n")  # compiling needs no vLLM
-        kinds = (ast.FunctionDef, ast.ClassDef)
-        found = [n for n in ast.parse(source).body if isinstance(n, kinds)]
-        text = {f.name: lines[f.lineno - 1 : f.end_lineno] for f in found}
-        first = [text[name] for name in self.loading.helpers]
-        rest = sorted(self.module.helpers - set(self.loading.helpers))
-        return first, [text[name] for name in rest]
+        first = self.loading.helpers
+        rest = sorted(self.module.helpers - set(first))
+        before, after = ([list(helpers()[name].lines) for name in part] for part in (first, rest))
+        return before, after
 
     # The model without its head
 

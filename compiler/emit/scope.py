@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from compiler.emit.helpers import helpers
 from compiler.emit.text import literal
 from compiler.ir import Block, LocalSize, Sym
 from compiler.modules import Placed
@@ -160,11 +161,13 @@ class Module:
 
     def help(self, name: str) -> str:
         """A helper's name, carried along."""
-        self.helpers.add(name)
-        for other in HELPERS_CALL.get(name, ()):
-            self.help(other)
-        for needed in HELPERS_USE.get(name, ()):
-            self.use(needed)
+        if name not in self.helpers:
+            self.helpers.add(name)
+            for needed in sorted(helpers()[name].names - {name}):
+                if needed in helpers():
+                    self.help(needed)
+                elif needed in IMPORTS:
+                    self.use(needed)
         return name
 
     def size(self, axis: str, size: int) -> str:
@@ -175,7 +178,9 @@ class Module:
         return axis.upper()
 
     def class_name(self, block: str) -> str:
-        return self.prefix + class_name(block)
+        name = self.prefix + class_name(block)
+        taken = name in IMPORTS or name in helpers()  # `attention` of a model named Latent
+        return f"{name}Block" if taken else name
 
 
 @dataclass

@@ -31,7 +31,7 @@ from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
 from compiler.placement import Shard
 from compiler.rewrite import is_param
-from compiler.rules import letters_of, rms_norm_over_ranks
+from compiler.rules import letters_of, max_over_ranks, rms_norm_over_ranks
 from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
 from compiler.why import is_product, is_view, why_plain
@@ -339,6 +339,8 @@ class Inventory:
         if node.target is rms_norm_over_ranks:
             features: Any = node.meta["type"].shape[-1]
             size = _per_token(node.meta["type"].shape) // features * torch.float32.itemsize
+        if node.target is max_over_ranks:
+            size *= self.setting.tp
         if node.target is layers.logits:
             vocab = node.meta["type"].shape[-1]
             size = size // vocab * padded(vocab)
@@ -357,6 +359,8 @@ class Inventory:
             return "all_gather", "each rank has the logits of a part of the vocabulary"
         if node.target is rms_norm_over_ranks:
             return "all_reduce", "each rank has a part of the squares that a norm sums"
+        if node.target is max_over_ranks:
+            return "all_gather", "each rank has the largest of its own part"
         if node.target is collectives.all_reduce:
             return "all_reduce", "each rank has a part of a sum that all need"
         if node.target is collectives.all_gather:
@@ -430,7 +434,7 @@ class Inventory:
         quantisable: bool,
         stages: tuple[int, ...],
     ) -> Parameter:
-        weight = module.endswith(".weight")
+        weight = module.endswith("weight")
         # A layer that is not told a dtype has the model's, whatever was declared.
         told = layer is None or any("dtype=" in a for a in layer.arguments)
         dtype = (declared.dtype if told else None) or self.setting.dtype

@@ -18,8 +18,8 @@ from compiler.passes.fuse_bias import fuse_bias
 from compiler.passes.fuse_gate_up import fuse_gate_up
 from compiler.passes.fuse_qkv import fuse_qkv
 from compiler.passes.keep_operands import keep_operands
-from compiler.passes.lower_latent_attention import lower_latent_attention
 from compiler.passes.lower_experts import lower_experts
+from compiler.passes.lower_latent_attention import lower_latent_attention
 from compiler.passes.lower_linear import lower_linear
 from compiler.passes.lower_vocab import lower_vocab
 from compiler.passes.silu_and_mul import silu_and_mul
@@ -30,7 +30,7 @@ from compiler.verify import verify
 from funcmodels import ops
 
 PIPELINE: tuple[ProgramPass, ...] = (
-    on_blocks(drop_gradients, *collectives.ALL),
+    on_blocks(drop_gradients, torch.detach, *collectives.ALL),
     on_blocks(cut_parameters, collectives.take_block),
     on_blocks(lower_linear, torch.einsum, torch.matmul, F.linear),
     on_blocks(lower_experts, ops.experts, experts_of_rank),

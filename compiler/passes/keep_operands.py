@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from compiler import collectives, layers
 from compiler.ir import Block, Program, TensorType
 from compiler.rewrite import copy_block, insert, is_call
-from compiler.rules import RULES, rms_norm_over_ranks
+from compiler.rules import RULES, max_over_ranks, rms_norm_over_ranks, share_of_mean
 
 # Which operands each writes into: the engine's kernels work in place.
 _OVERWRITES: dict[Any, tuple[int, ...]] = {
@@ -30,7 +30,7 @@ _VIEWS = {
 _PARTS = (torch.split, torch.chunk, torch.unbind)  # of which each result is memory of its own
 _OURS = (layers.linear, layers.experts, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
          layers.vocab_embedding, layers.latent_attention,
-         layers.logits, rms_norm_over_ranks)  # fmt: skip
+         layers.logits, rms_norm_over_ranks, max_over_ranks, share_of_mean)  # fmt: skip
 
 # A piece of memory: the node that made it, then which part of which split; a prefix contains it.
 Piece = tuple[Any, ...]

@@ -17,19 +17,22 @@ from compiler.rules import (
     making,
     mixture,
     model_ops,
+    over_ranks,
     parts,
     products,
     shapes,
 )
-from compiler.rules.decide import decide, is_cut
+from compiler.rules.decide import decide, gathered, is_cut
 from compiler.rules.local import (
     LocalValues,
+    max_over_ranks,
     rms_norm_over_ranks,
     share_of_mean,
     vocab_embed,
+    widened,
 )
 from compiler.rules.products import letters_of
-from compiler.rules.rule import RULES, TOKENS, Decision, Exactly, View
+from compiler.rules.rule import RULES, TOKENS, Decision, Exactly, Spelled, Steps, View
 
 __all__ = [
     "RULES",
@@ -37,21 +40,27 @@ __all__ = [
     "Decision",
     "Exactly",
     "LocalValues",
+    "Spelled",
+    "Steps",
     "View",
     "along_dim",
     "convolution",
     "decide",
     "elementwise",
+    "gathered",
     "is_cut",
     "latent_attention",
     "letters_of",
     "making",
+    "max_over_ranks",
     "mixture",
     "model_ops",
+    "over_ranks",
     "parts",
     "products",
     "rms_norm_over_ranks",
     "shapes",
     "share_of_mean",
     "vocab_embed",
+    "widened",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,16 @@ def rms_norm_over_ranks(
     The ranks sum their squares, and no more.
     """
     raise AssertionError("rms_norm_over_ranks is carried out by compiler.over_ranks")
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def max_over_ranks(x: Tensor, dim: int, least: bool, axis: str) -> Tensor:
+    """The largest, or the least, over a dim that is cut; the dim is kept, of size 1."""
+    raise AssertionError("max_over_ranks is carried out by compiler.over_ranks")
 
 
 def share_of_mean(x: Tensor, dim: int, keepdim: bool, part: int, count: int) -> Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from compiler.ir import Sym, TensorType
 from compiler.placement import REPLICATE, Partial, Placement, Shard
+from compiler.rules.local import widened
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,49 @@ class Decision:
     target: Any = None
     needs: list[Exactly] = field(default_factory=list)
     independent: bool = False
+
+
+class Steps:
+    """What a rule spells an operation with: nodes in the global view, partitioned one by one."""
+
+    axis: str
+
+    def __call__(
+        self,
+        name: str,
+        target: Any,
+        *args: Any,
+        over: int | None = None,
+        like: fx.Node | None = None,
+        dtype: torch.dtype | None = None,
+        shape: tuple | None = None,
+    ) -> fx.Node:
+        """A node of a name; its type is its first operand's, or that of `like`.
+
+        Args:
+            over: a dim that becomes 1.
+            dtype, shape: of the type, where they are others.
+        """
+        raise NotImplementedError
+
+    def wide(self, x: fx.Node) -> fx.Node:
+        """x in float32 at least."""
+        kind = x.meta["type"].dtype
+        found = torch.promote_types(kind, torch.float32)
+        return x if found == kind else self("wide", widened, x, dtype=found)
+
+    def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """x in a dtype."""
+        if x.meta["type"].dtype == dtype:
+            return x
+        return self("cast", Tensor.to, x, dtype, dtype=dtype)
+
+
+@dataclass
+class Spelled:
+    """An operation as other ones, each of which has a rule; None where it cannot be spelled so."""
+
+    write: Callable[[Steps], fx.Node | None]
 
 
 # The pseudo axis along which a served batch is cut: each rank would hold some of the tokens.
@@ -75,7 +120,7 @@ class View:
         return list(self.node.all_input_nodes)
 
 
-Rule = Callable[[View], Decision | None]
+Rule = Callable[[View], Decision | Spelled | None]
 RULES: dict[Any, Rule] = {}
 
 

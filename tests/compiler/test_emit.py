@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from einops import einsum
 from hypothesis import HealthCheck, given, settings
 
 import funcmodels as fm
+from compiler.emit.scope import IMPORTS
 from compiler.vllm_target import source_for_vllm
 from funcmodels import ops
 from funcmodels.errors import LoweringError
@@ -214,6 +216,29 @@ def test_is_formatted(name, tmp_path):
     command = [sys.executable, "-m", "ruff", "format", "--isolated", "--diff", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_what_helpers_import_can_be_imported():
+    """Imports of emitted files are found by the names that their helpers read."""
+    tree = ast.parse(Path("compiler/vllm_runtime.py").read_text())
+    imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.asname or a.name for n in imports for a in n.names} - {"annotations"}
+    assert names <= IMPORTS.keys()
+
+
+def test_variables_leave_helpers_and_imports_alone():
+    @fm.block
+    def scaled(p, x):
+        normed = x * p["gain"]
+        product = ops.rms_norm(normed, p["gain"] + 1.0, eps=1e-5)
+        return product + 1.0
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = scaled(params["own"], ops.embed(tokens, params["embed"]))
+        return ops.unembed(x, params["head"])
+
+    text = source_for_vllm(small(forward, {"own": {"gain": axes()("hidden")}}))
+    assert "product_2 = normed(normed_2, " in text
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -280,8 +280,22 @@ ROWS = [
     row("vector_norm", lambda x: torch.linalg.vector_norm(x, dim=-1), "a/tp b"),
     row("norm of all", lambda x: x / x.norm(), "a/tp b", gathers=True),
     row("softmax", lambda x: x.softmax(-1), "a/tp b"),
-    row("softmax of the cut", lambda x: x.softmax(0), "a/tp b", gathers=True),
+    row("softmax of the cut", lambda x: x.softmax(0) + F.softmax(x, 0, dtype=torch.float64), "a/tp b"),
     row("log_softmax", lambda x: x.log_softmax(-1) + F.log_softmax(x, dim=-1), "a/tp b"),
+    row("log_softmax of the cut", lambda x: x.log_softmax(-1) + F.log_softmax(x, dim=-1), "b a/tp"),
+    row("logsumexp of the cut", lambda x: x.logsumexp(0) + x.logsumexp(0, keepdim=True)[0], "a/tp b"),
+    row("logsumexp of nothing", lambda x: torch.where(x > 9, x, -torch.inf).logsumexp(0).exp(), "a/tp b"),
+    row("amax of the cut", lambda x: x.amax(0) * x.amin((0,)) + x.amax(0, True)[0], "a/tp b"),
+    row("amax of many alike", lambda x: (x.relu() - x.sign()).amax(0), "a/tp b"),
+    row("amax of blocks on several ranks", lambda x: x.amax(1), "b kv/tp d", parts=(1, 3)),
+    row("amax of numbers", lambda x: integer(x).amax(0), "a/tp b"),
+    row("argmax of the cut", lambda x: x.argmax(0) + 3 * x.argmin(0, keepdim=True), "a/tp b"),
+    row("argmax of many alike", lambda x: integer(x).argmax(1) + x.sign().argmax(-1), "b a/tp"),
+    row("any of the cut", lambda x: (x > 1).any(0).to(x.dtype) + 2 * (x > -1).all(0), "a/tp b"),
+    row("var of the cut", lambda x: x.var(0) + torch.var(x, 0, correction=0, keepdim=True), "a/tp b"),
+    row("std of the cut", lambda x: x.std(1, False) + torch.std(x, dim=-1), "b a/tp"),
+    row("norm of the cut", lambda x: x.norm(dim=0) + torch.linalg.vector_norm(x, dim=0), "a/tp b"),
+    row("norm of another order", lambda x: x.norm(3, dim=0), "a/tp b", gathers=True),
     row("cumsum", lambda x: x.cumsum(-1) + x.cumprod(-1), "a/tp b"),
     row("flip", lambda x: x.flip(-1) + x.roll(1, -1), "a/tp b"),
     row("flip of the cut", lambda x: x.flip(0), "a/tp b", gathers=True),
@@ -296,7 +310,8 @@ ROWS = [
     row("diff", lambda x: x.diff() + x.diff(dim=1), "a/tp b"),
     row("glu", lambda x: F.glu(x) + F.softmin(x, -1)[:, :2], "a/tp b"),
     row("normalize", lambda x: F.normalize(x) + F.normalize(x, dim=-1, p=1.0), "a/tp b"),
-    row("normalize the cut", lambda x: F.normalize(x, dim=0), "a/tp b", gathers=True),
+    row("normalize the cut", lambda x: F.normalize(x, dim=0), "a/tp b"),
+    row("normalize the cut by another order", lambda x: F.normalize(x, 1.0, 0), "a/tp b", gathers=True),
     row("scatter", lambda x, y: x.scatter(1, integer(y) % 4, y) + torch.scatter_add(x, 1, integer(y) % 4, y),
         "a/tp b", "a b"),
     row("cosine_similarity", lambda x, y: F.cosine_similarity(x, y) + F.cosine_similarity(x, y, dim=-1), "a/tp b", "a b"),
@@ -320,7 +335,8 @@ ROWS = [
     row("rms_norm of the cut, all", lambda x, w: ops.rms_norm(x, w, eps=1e-5, offset=1.0), "b a/tp", "a/tp"),
     row("rms_norm of heads, columns of weight", lambda x, w: ops.rms_norm(x.reshape(2, 48), w, eps=1e-5),
         "d heads/tp hd", "cols/tp"),
-    row("layer_norm of the cut", lambda x, w: ops.layer_norm(x, w, eps=1e-5), "b a/tp", "a", gathers=True),
+    row("layer_norm of the cut", lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-5), "b a/tp", "a", "a/tp"),
+    row("F.layer_norm of the cut", lambda x, w: F.layer_norm(x, (12,), w, None, 1e-5) + F.layer_norm(x, (12,)), "b a/tp", "a"),
     row("rms_norm of blocks on several ranks", lambda x, w: ops.rms_norm(x.reshape(4, 6), w, eps=1e-5),
         "b kv/tp d", "c", parts=(1, 3)),
     row("rms_norm of one block", lambda x, w: ops.rms_norm(x.flatten(-2), w, eps=1e-5), "b one/tp c", "c"),
@@ -392,11 +408,10 @@ def test_rule(case: Row):
 
 
 def test_every_rule_has_a_row():
-    used = {
-        node.target
-        for case in ROWS
-        for node in trace(case.model).root.graph.nodes
-        if node.op == "call_function"
-    }
+    used = set()
+    for case in ROWS:
+        whole = trace(case.model)
+        for program in (whole, partition(whole)):  # some rules are for steps of others
+            used |= {n.target for n in program.root.graph.nodes if n.op == "call_function"}
     missing = [getattr(target, "__name__", target) for target in RULES if target not in used]
     assert not missing, f"rules without a row: {missing}"

@@ -22,11 +22,13 @@ FAULTS = {
     "stacked": ('"layers.1.q", "layers.2.q"', '"layers.2.q", "layers.1.q"'),
     "shared": ("* self.scale", "* (self.scale + 0.1)"),
     "mapped": ("torch.tanh(", "torch.sin("),
+    "crossed": (".amax(dim, True)", ".amin(dim, True)"),
 }
 
 
 def test_a_planted_fault_is_seen(case):
-    """Layers in another order; another scale of what is shared; another function of each head."""
+    """Layers in another order; another scale of what is shared; another function of each head; the
+    least for the largest."""
     model, folder, want = case
     fault = FAULTS[model.name.removesuffix("ForCausalLM").lower()]
     served = serve_model(model, folder, edit=lambda source: source.replace(*fault))

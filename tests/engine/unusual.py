@@ -27,6 +27,7 @@ P = fm.axes(
     wide=160,
     layers=LAYERS,
     positions=256,
+    columns=128,
 )
 TABLE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
 

@@ -1,0 +1,42 @@
+"""The functions of `compiler.vllm_runtime` as text, with the names that each of them needs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A function or class that emitted files carry along.
+
+    Args:
+        lines: its source.
+        names: what it reads that is not its own: imports, and other helpers.
+    """
+
+    lines: tuple[str, ...]
+    names: frozenset[str]
+
+
+@functools.cache
+def helpers() -> dict[str, Helper]:
+    """All of them, by name. Read and not imported: compiling needs no vLLM."""
+    source = (Path(__file__).parent.parent / "vllm_runtime.py").read_text()
+    lines = source.split("\n")
+    return {
+        node.name: Helper(tuple(lines[_first(node) - 1 : node.end_lineno]), _names(node))
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+
+
+def _first(node: ast.FunctionDef | ast.ClassDef) -> int:
+    """The line where a definition begins, decorators included."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def _names(node: ast.AST) -> frozenset[str]:
+    return frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
