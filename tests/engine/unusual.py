@@ -244,4 +244,55 @@ mapping = fm.Model(
     sharding=TABLE,
 )
 
-MODELS = {"stacked": stacked, "shared": shared, "mapped": mapping}
+# Crossing: what is cut over the ranks is normalised, compared and chosen from over all of them
+
+
+@fm.block
+def crossing(p: Any, x: Tensor, positions: Tensor, segment_ids) -> Tensor:
+    q, k, v = (project(norm(x, p["norm"]), p[name]) for name in ("q", "k", "v"))
+    q, k = ops.rope(q, k, positions, theta=1e4)
+    o = rearrange(ops.attention(q, k, v, segment_ids=segment_ids), "... h d -> ... (h d)")
+    o = ops.layer_norm(o, p["scale"], p["shift"], eps=1e-5)
+    x = x + F.linear(o, rearrange(p["o"], "e h d -> e (h d)"))
+    h = F.linear(x, p["up"])
+    rest = 0.3 * (h - h.amax(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1.0)
+    first = h.argmax(-1, keepdim=True) < 96
+    h = torch.where(first, h.softmax(-1) * 20.0, rest + 0.1 * h.logsumexp(-1, keepdim=True))
+    return x + F.linear(h, p["down"])
+
+
+def crossing_forward(params, tokens, positions, segment_ids=None):
+    x = ops.embed(tokens, params["embed"])
+    for p in params["layers"]:
+        x = crossing(p, x, positions, segment_ids)
+    return F.linear(norm(x, params["norm"]), params["head"])
+
+
+def crossing_own() -> dict[str, Any]:
+    return {
+        "norm": P("hidden", init="ones"),
+        "q": P("heads head_dim hidden"),
+        "k": P("kv_heads head_dim hidden"),
+        "v": P("kv_heads head_dim hidden"),
+        "scale": P("columns", init="ones"),
+        "shift": P("columns", init="zeros"),
+        "o": P("hidden heads head_dim"),
+        "up": P("mlp hidden"),
+        "down": P("hidden mlp"),
+    }
+
+
+crossed = fm.Model(
+    "CrossedForCausalLM",
+    config={"max_position_embeddings": 256},
+    params={
+        "embed": P("vocab hidden"),
+        "layers": [crossing_own() for _ in range(2)],
+        "norm": P("hidden", init="ones"),
+        "head": P("vocab hidden"),
+    },
+    forward=crossing_forward,
+    sharding=TABLE,
+)
+
+MODELS = {"stacked": stacked, "shared": shared, "mapped": mapping, "crossed": crossed}
