@@ -76,59 +76,8 @@ IMPORTS = {
     "current_platform": "vllm.platforms",
     "IntermediateTensors": "vllm.sequence",
 }
-# What the helpers of `compiler.vllm_runtime` use of these.
-HELPERS_USE = {
-    "AdaptersApart": ("current_platform", "torch"),
-    "CheckpointNames": ("WeightsMapper", "re"),
-    "FastRMSNorm": ("RMSNorm", "_custom_ops", "torch"),
-    "FastSiluAndMul": ("SiluAndMul", "F", "torch"),
-    "LatentAttention": ("Attention", "MLAAttention", "VllmConfig", "F", "nn", "torch"),
-    "TypedLayerNorm": ("F", "nn", "torch"),
-    "TypedRMSNorm": ("nn", "torch"),
-    "Experts": ("Iterable", "RoutedExperts", "current_platform", "torch"),
-    "add_head": ("Iterable", "nn", "torch"),
-    "check_experts": ("current_platform", "get_tensor_model_parallel_world_size"),
-    "check_dtype": ("torch",),
-    "check_embeds": ("torch",),
-    "check_ranks": ("get_tensor_model_parallel_world_size",),
-    "drop_tied": ("Iterable", "torch"),
-    "each_expert": ("Iterable", "torch"),
-    "made_in_time": (
-        "Callable",
-        "CompilationMode",
-        "IntermediateTensors",
-        "current_platform",
-        "get_pp_group",
-        "torch",
-    ),
-    "note_tensors": ("Iterable", "torch"),
-    "whole_of_blocks": (
-        "get_tensor_model_parallel_world_size",
-        "tensor_model_parallel_all_gather",
-        "torch",
-    ),
-    "own_block_loader": ("torch",),
-    "own_block": (
-        "get_tensor_model_parallel_rank",
-        "get_tensor_model_parallel_world_size",
-        "torch",
-    ),
-    "own_values": ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"),
-    "packed_routing": ("torch",),
-    "read_tensors": ("Iterable", "safe_open", "torch"),
-    "normed": ("torch",),
-    "rms_norm_over_ranks": (
-        "get_tensor_model_parallel_world_size",
-        "tensor_model_parallel_all_reduce",
-        "torch",
-    ),
-    "spelled_out": ("product",),
-    "take_apart": ("Iterable", "torch"),
-    "unpacked_routing": ("torch",),
-    "warn_length": ("init_logger",),
-}
-# And which of the other helpers.
-HELPERS_CALL = {"TypedRMSNorm": ("normed",), "own_block_loader": ("own_block",)}
+# Names that a variable must leave as they are.
+_TAKEN = {*IMPORTS, "enumerate", "range", "self", "zip"}
 
 
 @dataclass
@@ -220,7 +169,7 @@ class Scope:
         """A variable for a node: its own plain name, unless that still holds a value to come."""
         base = name or self.preferred.get(node) or re.sub(r"_\d+$", "", node.name)
         chosen, count = base, 1
-        while chosen in HELPERS_USE or self._busy(chosen, node):
+        while chosen in _TAKEN or chosen in helpers() or self._busy(chosen, node):
             count += 1
             chosen = f"{base}_{count}"
         self._bound[chosen] = node
