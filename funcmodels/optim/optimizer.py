@@ -123,12 +123,14 @@ def optimizer_of(
         ]
         run = _by_rule if _needs_rule(every, step) else _by_kernel
         run(every, rule, kernel, rate, step, donate)
-        new = {leaf.path: leaf.w for leaf in every}
-        states = {
-            name: tree.unflatten(weights, {leaf.path: leaf.states[i] for leaf in every})
-            for i, name in enumerate(slots)
-        }
-        return tree.unflatten(weights, new), {"step": step, **states}
+        if donate:  # all was written in place
+            return weights, {**state, "step": step}
+        new = iter([leaf.w for leaf in every])
+        states = {}
+        for i, name in enumerate(slots):
+            slot = iter([leaf.states[i] for leaf in every])
+            states[name] = tree.map(lambda _, slot=slot: next(slot), weights)
+        return tree.map(lambda _: next(new), weights), {"step": step, **states}
 
     return Optimizer(init, update, elementwise)
 
@@ -210,19 +212,23 @@ def _chunks(every: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
         groups.setdefault((leaf.w.device, leaf.dtype, leaf.weight_decay), []).append(leaf)
     for group in groups.values():
         chunk: list[_Leaf] = []
+        used = 0
         for leaf in group:
-            if chunk and sum(x.w.nbytes for x in chunk) + leaf.w.nbytes > CHUNK:
+            if chunk and used + leaf.w.nbytes > CHUNK:
                 yield chunk
-                chunk = []
+                chunk, used = [], 0
             chunk.append(leaf)
+            used += leaf.w.nbytes
         yield chunk
 
 
 def _needs_rule(every: Sequence[_Leaf], step: Tensor) -> bool:
     """Whether torch's kernels cannot be used: they run on real tensors, and have no derivative."""
+    if torch.compiler.is_compiling():
+        return True
     tensors = [step, *(x for leaf in every for x in (leaf.w, leaf.g, *leaf.states))]
-    return torch.compiler.is_compiling() or any(
-        is_transformed(x) or is_fake(x) or x.device.type not in KERNEL_DEVICES for x in tensors
+    return any(is_fake(x) or is_transformed(x) for x in tensors) or any(
+        leaf.w.device.type not in KERNEL_DEVICES for leaf in every
     )
 
 
@@ -246,8 +252,9 @@ def _check(grads: Any, state: Any, weights: Any, slots: tuple[str, ...]) -> None
     """The trees belong together, and every parameter has a gradient of its shape."""
     if torch.compiler.is_compiling():  # guards of the compiler fix the structure already
         return
+    structure = tree.structure(weights)
     for name, other in (("the gradients", grads), *((f'state["{s}"]', state[s]) for s in slots)):
-        if tree.structure(other) != tree.structure(weights):
+        if tree.structure(other) != structure:
             paths, got = dict(tree.items(weights)), dict(tree.items(other))
             first = next(
                 (p for p in (*paths, *got) if (p in paths) != (p in got)), "the containers"
@@ -258,8 +265,9 @@ def _check(grads: Any, state: Any, weights: Any, slots: tuple[str, ...]) -> None
                 need="trees of one structure",
                 fix="state = optimizer.init(weights), with the weights that are trained",
             )
-    for (path, w), g in zip(tree.items(weights), tree.leaves(grads), strict=True):
+    for i, (w, g) in enumerate(zip(tree.leaves(weights), tree.leaves(grads), strict=True)):
         if not isinstance(g, Tensor) or g.shape != w.shape:
+            path = [path for path, _ in tree.items(weights)][i]
             raise TrainingError(
                 f"the gradient of {path} does not fit it",
                 got=f"{tuple(g.shape)}" if isinstance(g, Tensor) else repr(g),
