@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from funcmodels.ops import loss_logits as plain
 from funcmodels.ops.forward_mode import outer_tangents, values
@@ -106,10 +107,13 @@ class WeightedLoss(torch.autograd.Function):
         gradient, found = Gradient(hidden, table, needs), []
         for part in plain.parts(hidden, table, o):
             x, cap = plain.logits(hidden[..., part, :], table, o)
-            s, w = plain.stats_of(x, targets[..., part], means=o.means), weight[..., part]
-            found.append((plain.losses(s, weights) * w).sum(-1))
-            by = plain.by_stats(w, s.lse, weights)
-            grad = plain.by_logits(x, cap, s.lse, targets[..., part], by, o, in_place=True)
+            t, w = targets[..., part], weight[..., part]
+            target, mean = plain.picked(x, t), plain.mean_of(x, o.means)  # before x is overwritten
+            exps, sums, lse = plain.exponentials(x, in_place=True)
+            found.append((plain.losses(Stats(lse, target, mean), weights) * w).sum(-1))
+            by = plain.by_stats(w, lse, weights)
+            grad = plain.by_logits(exps, sums, t, by, o, in_place=True)
+            grad = grad if cap is None else grad.mul_(cap[0])
             gradient.add(part, grad, o)
         total = torch.stack(found).sum(0)
         none = total.new_zeros(total.shape)
@@ -125,8 +129,13 @@ class WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        apply = WeightedLossGrad.forward if is_last_derivative() else WeightedLossGrad.apply
-        found = apply(grads[0], *ctx.saved_tensors, ctx.weights, *ctx.o)
+        saved = ctx.saved_tensors
+        if not is_last_derivative():
+            found = WeightedLossGrad.apply(grads[0], *saved, ctx.weights, *ctx.o)
+        elif _is_one(grads[0]):
+            found = saved[-2:]  # no copy of the table's
+        else:
+            found = WeightedLossGrad.forward(grads[0], *saved, ctx.weights, *ctx.o)
         found = [g if need else None for g, need in zip(found, ctx.needs, strict=True)]
         return (*found, *[None] * (4 + len(ctx.o)))
 
@@ -209,6 +218,12 @@ def _along(ctx, grad, hidden, table, targets, weight, hidden_t, table_t):
         bent = Stats(bent, zeros, zeros)
         found = _plus(found, plain.first(hidden, table, targets, bent, ctx.o))
     return _total(by, s_t), found
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether a gradient is known to be 1, without waiting for a device or a compiler."""
+    is_plain = type(grad) is Tensor and grad.device.type == "cpu" and not is_fake(grad)
+    return is_plain and grad.dim() == 0 and grad.item() == 1
 
 
 def _plus(one: Any, other: Any) -> tuple[Tensor, ...]:

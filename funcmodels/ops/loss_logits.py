@@ -70,8 +70,12 @@ def stats(hidden: Tensor, table: Tensor, targets: Tensor, o: Logits) -> Stats:
 
 def stats_of(x: Tensor, targets: Tensor, *, means: bool) -> Stats:
     """Of the logits (*b, c, v) of a chunk."""
-    at = x.gather(-1, targets[..., None].expand(*x.shape[:-1], 1)).squeeze(-1)
-    return Stats(x.logsumexp(-1), at, _mean(x, means))
+    return Stats(x.logsumexp(-1), picked(x, targets), mean_of(x, means))
+
+
+def picked(x: Tensor, targets: Tensor) -> Tensor:
+    """The logit of each target."""
+    return x.gather(-1, targets[..., None].expand(*x.shape[:-1], 1)).squeeze(-1)
 
 
 def stats_jvp(
@@ -89,9 +93,8 @@ def stats_jvp(
         x, cap = logits(h, table, o)
         x_t = _tangent(h, table, None if hidden_t is None else hidden_t[..., part, :], table_t, o)
         x_t = x_t if cap is None else x_t * cap[0]
-        at = targets[..., part, None].expand(*x.shape[:-1], 1)
         mean = (torch.softmax(x, -1) * x_t).sum(-1)
-        found.append(Stats(mean, x_t.gather(-1, at).squeeze(-1), _mean(x_t, o.means)))
+        found.append(Stats(mean, picked(x_t, targets[..., part]), mean_of(x_t, o.means)))
     return Stats(*(torch.cat(each, -1) for each in zip(*found, strict=True)))
 
 
@@ -113,31 +116,33 @@ def first(
     for part in parts(hidden, table, o):
         x, cap = logits(hidden[..., part, :], table, o)
         mine = Stats(*(each[..., part] for each in by))
-        lse = x.logsumexp(-1)
-        gradient.add(part, by_logits(x, cap, lse, targets[..., part], mine, o, in_place), o)
+        exps, total, _ = exponentials(x, in_place=in_place)
+        by_x = by_logits(exps, total, targets[..., part], mine, o, in_place=in_place)
+        gradient.add(part, by_x if cap is None else by_x * cap[0], o)
     return gradient.result()
 
 
+def exponentials(x: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(x - max), its sum, and lse; `in_place` the first takes the place of x."""
+    top = x.detach().amax(-1, keepdim=True)
+    exps = x.sub_(top).exp_() if in_place else (x - top).exp()
+    total = exps.sum(-1)
+    return exps, total, total.log() + top.squeeze(-1)
+
+
 def by_logits(
-    x: Tensor,
-    cap: tuple[Tensor, Tensor] | None,
-    lse: Tensor,
-    targets: Tensor,
-    by: Stats,
-    o: Logits,
-    in_place: bool,
+    exps: Tensor, total: Tensor, targets: Tensor, by: Stats, o: Logits, *, in_place: bool
 ) -> Tensor:
-    """The gradient of Σ by · stats by scale · z, of a chunk; `in_place` it takes the place of x."""
-    at = targets[..., None].expand(*x.shape[:-1], 1)
-    by_target = by.target[..., None].expand(at.shape).to(x.dtype)
-    if in_place:
-        grad = x.sub_(lse[..., None]).exp_().mul_(by.lse[..., None])
-        grad = grad.add_(by.mean[..., None] / x.shape[-1]) if o.means else grad
-        grad.scatter_add_(-1, at, by_target)
-        return grad if cap is None else grad.mul_(cap[0])
-    grad = (x - lse[..., None]).exp() * by.lse[..., None] + by.mean[..., None] / x.shape[-1]
-    grad = grad.scatter_add(-1, at, by_target)
-    return grad if cap is None else grad * cap[0]
+    """The gradient of Σ by · stats by the logits of a chunk; `in_place` it takes that of exps."""
+    at = targets[..., None].expand(*exps.shape[:-1], 1)
+    by_target = by.target[..., None].expand(at.shape).to(exps.dtype)
+    factor = (by.lse / total)[..., None]
+    if not in_place:
+        grad = exps * factor + by.mean[..., None] / exps.shape[-1]
+        return grad.scatter_add(-1, at, by_target)
+    grad = exps.mul_(factor)
+    grad = grad.add_(by.mean[..., None] / exps.shape[-1]) if o.means else grad
+    return grad.scatter_add_(-1, at, by_target)
 
 
 class Gradient:
@@ -225,7 +230,8 @@ def logits(h: Tensor, table: Tensor, o: Logits) -> tuple[Tensor, tuple[Tensor, T
     return o.softcap * tanh, (slope, -2 / o.softcap * tanh * slope)
 
 
-def _mean(x: Tensor, means: bool) -> Tensor:
+def mean_of(x: Tensor, means: bool) -> Tensor:
+    """The mean of each token's logits, if it is asked for."""
     return x.mean(-1) if means else x.new_zeros(x.shape[:-1])
 
 
