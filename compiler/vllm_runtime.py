@@ -545,6 +545,16 @@ def check_embeds(vllm_config: VllmConfig, dtype: torch.dtype) -> None:
         )
 
 
+def check_keys_cached(vllm_config: VllmConfig) -> None:
+    """Refuse an engine that caches latents for a model that makes keys and values itself."""
+    if vllm_config.model_config.use_mla:
+        raise ValueError(
+            "by config.json the engine caches latents, "
+            "but this model attends to keys and values\n"
+            "  fix:  VLLM_MLA_DISABLE=1 in the environment, or use ops.latent_attention"
+        )
+
+
 def check_one_stage(vllm_config: VllmConfig, why: str) -> None:
     """Refuse pipeline stages for a model that cannot be cut into them."""
     stages = vllm_config.parallel_config.pipeline_parallel_size

@@ -7,7 +7,14 @@ import math
 from torch import fx
 
 from compiler import layers
-from compiler.emit.layers import Layer, attention_prefix, builds, local_heads, refuse_segments
+from compiler.emit.layers import (
+    Layer,
+    _check_dtype,
+    attention_prefix,
+    builds,
+    local_heads,
+    refuse_segments,
+)
 from compiler.emit.scope import Scope
 from compiler.emit.text import kwargs
 from compiler.ir import tensor_type
@@ -38,5 +45,6 @@ def _latent_attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "prefix": attention_prefix(scope, attr),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (q_nope, q_rope, latent, k_rope))})"
-    checks = [f"{scope.module.help('check_full_attention')}(vllm_config)"]
+    full = f"{scope.module.help('check_full_attention')}(vllm_config)"
+    checks = [full, *_check_dtype(scope, q_nope)]
     return Layer(scope.module.help("LatentAttention"), kwargs(settings), call, checks=checks)

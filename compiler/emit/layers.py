@@ -218,6 +218,8 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
     checks = []
     if s.get("window") is None:
         checks = [f"{scope.module.help('check_full_attention')}(vllm_config)"]
+    if scope.module.has_latent:
+        checks.append(f"{scope.module.help('check_keys_cached')}(vllm_config)")
     checks += _check_dtype(scope, q)
     settings: dict[str, str | None] = {
         "num_heads": local_heads(scope, q, s["heads"]),

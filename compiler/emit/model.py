@@ -50,7 +50,13 @@ def module_of(program: Partitioned) -> Module:
     """An empty file for a program: what its classes' names begin with, and its axes' constants."""
     name = program.model.name
     base = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", name) or name
-    return Module(base, _axes(program.model), Exact(served_needs(program)), program.model.task)
+    return Module(
+        base,
+        _axes(program.model),
+        Exact(served_needs(program)),
+        program.model.task,
+        config_of_fields(program.model).get("kv_lora_rank") is not None,
+    )
 
 
 class _Writer:

@@ -89,6 +89,7 @@ class Module:
         axes: axis name -> size, for those that have one size throughout the model.
         exact: what of the axes the ranks always divide.
         task: the model's.
+        has_latent: whether config.json speaks of latents, which the engine may cache.
         used: names to import.
         constants: axes whose constant is used.
         helpers: functions of `compiler.vllm_runtime` to carry along.
@@ -98,6 +99,7 @@ class Module:
     axes: dict[str, int]
     exact: Exact
     task: str = "generate"
+    has_latent: bool = False
     used: set[str] = field(default_factory=set)
     constants: dict[str, int] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
