@@ -32,8 +32,8 @@ class Loading:
         head: the tensor that is the table of embedding and unembedding in one.
         split: tensors that are stacked -> their parts, in order.
         repeated: tensors that several layers have -> what each has it as.
-        shared: pattern of tensors that are several parameters -> dim, unit, and the parts' names
-            and numbers of units.
+        shared: pattern of tensors that are several parameters -> dim, turns, unit, and the parts'
+            names and numbers of units.
         experts: pattern of tensors that hold all experts -> each one's name, with {} for it.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
         lora_targets: the same, of the modules that adapters may change.
@@ -52,7 +52,7 @@ class Loading:
 
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    shared: dict[str, tuple[int, int, dict[str, int]]] = field(default_factory=dict)
+    shared: dict[str, tuple[int, int, int, dict[str, int]]] = field(default_factory=dict)
     experts: dict[str, str] = field(default_factory=dict)
 
     def tensor_lines(self, module: Module) -> list[str]:
@@ -95,10 +95,10 @@ class Loading:
         if not self.shared:
             return []
         module.use("re")
-        what = "# Tensors that hold several, along a dim: the rows of a unit, the units of each."
+        what = "# Tensors that hold several: the dim, the turns, the rows of a unit, units of each."
         lines = ["", what, "SHARED = {"]
-        for pattern, (dim, unit, parts) in self.shared.items():
-            lines.append(f"    re.compile({_raw(pattern)}): ({dim}, {unit}, {{")
+        for pattern, (dim, turns, unit, parts) in self.shared.items():
+            lines.append(f"    re.compile({_raw(pattern)}): ({dim}, {turns}, {unit}, {{")
             lines += [f"        {_raw(name)}: {count}," for name, count in parts.items()]
             lines.append("    }),")
         return [*lines, "}"]
@@ -147,7 +147,7 @@ class Loading:
         ]
         read = ["        weights = read_tensors(weights)"]
         if self.shared:
-            read += [f"        weights = {module.help('set_apart')}(weights, SHARED)"]
+            read += [f"        weights = {module.help('set_apart')}(weights, SHARED, self.awaited)"]
         if self.split or self.repeated:
             read += [f"        weights = {module.help('take_apart')}(weights, SPLIT, REPEATED)"]
         if self.experts:
@@ -215,15 +215,16 @@ def loading_of(plan: Plan, model: Model) -> Loading:
     return loading
 
 
-def _shared(model: TakenApart) -> dict[str, tuple[int, int, dict[str, int]]]:
+def _shared(model: TakenApart) -> dict[str, tuple[int, int, int, dict[str, int]]]:
     """Tensors that are several parameters, those of all layers in one pattern."""
-    found: dict[str, tuple[int, int, dict[str, int]]] = {}
+    found: dict[str, tuple[int, int, int, dict[str, int]]] = {}
     for name, shared in model.shared.items():
         named = [_template(name, part) for part, _ in shared.parts]
         counts = [count for _, count in shared.parts]
-        value = shared.dim, shared.unit, dict(zip((new for _, new in named), counts, strict=True))
+        at = shared.dim, shared.turns, shared.unit
+        value = *at, dict(zip((new for _, new in named), counts, strict=True))
         if found.setdefault(named[0][0], value) != value:
-            found[f"^{re.escape(name)}$"] = shared.dim, shared.unit, dict(shared.parts)
+            found[f"^{re.escape(name)}$"] = *at, dict(shared.parts)
     # A name of its own is looked up before the pattern that means it too.
     return dict(sorted(found.items(), key=lambda item: r"(\d+)" in item[0]))
 

@@ -266,7 +266,9 @@ class _Planner:
                 layout = _layout(self.maps[path], matrix if kind == "weight" else None)
                 if kind == "weight" and not is_given(node):
                     sides = _sides(self.maps[path], matrix)
-                    self.lora_target(self.maps[path], sides, len(leaves))
+                    own = self.whole.get(stem(_module(self.maps[path].names[0]))) == len(leaves)
+                    own &= module == stem(_module(self.tensor(path)))
+                    self.lora_target(self.maps[path], sides, own)
                 sizes = self.maps[path].sizes if layout else ()
                 self.plan.tensors[self.maps[path].names[0]] = Destination(
                     f"{module}.{kind}",
@@ -296,14 +298,15 @@ class _Planner:
         return [identifier(str(weight.target)) for weight in weights]
 
     def lora_target(
-        self, map_: TensorMap, sides: tuple[Sequence[str], Sequence[str]], parts: int = 1
+        self, map_: TensorMap, sides: tuple[Sequence[str], Sequence[str]], is_all: bool = False
     ) -> None:
         """Let adapters change a matrix, unless their rows would lie otherwise than the layer's.
 
-        One that holds several parameters they change as a whole: the layer must be all of it.
+        One that holds several parameters they change as a whole: where the layer is all of it, under
+        its name.
         """
         stored, module = re.findall(r"\w+", map_.layout), _module(map_.names[0])
-        if MARK in module and self.whole.get(stem(module)) != parts:
+        if MARK in module and not is_all:
             return
         if all([axis for axis in stored if axis in side] == list(side) for side in sides):
             self.plan.lora_targets.append(stem(module))

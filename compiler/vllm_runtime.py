@@ -359,19 +359,38 @@ def read_tensors(weights: Iterable[tuple[str, torch.Tensor | str]]):
         yield name, weight
 
 
-def set_apart(weights: Iterable[tuple[str, torch.Tensor]], shared: dict):
-    """The same weights; a tensor that holds several, in one turn or in many, as those."""
+def set_apart(
+    weights: Iterable[tuple[str, torch.Tensor]], shared: dict, awaited: set[str]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """The same weights; a tensor that holds several, in one turn or in many, as those.
+
+    The tensors of a quantised module go on as they are: vLLM's layers divide them, where each of
+    the several is in one piece.
+    """
+
+    def find(name: str):
+        found = ((pattern.fullmatch(name), *table) for pattern, table in shared.items())
+        return next((f for f in found if f[0]), None)
+
     for name, weight in weights:
-        match = None
-        for pattern, (dim, unit, parts) in shared.items():
-            if match := pattern.fullmatch(name):
-                turns = weight.unflatten(dim, (-1, sum(parts.values()), unit))
-                rows = turns.split(list(parts.values()), dim + 1)
-                for part, own in zip(parts, rows, strict=True):
-                    yield match.expand(part), own.flatten(dim, dim + 2)
-                break
-        if not match:
-            yield name, weight
+        module = name.rpartition(".")[0]
+        if found := find(name):
+            match, dim, turns, unit, parts = found
+            whole = weight.unflatten(dim, (turns, sum(parts.values()), unit))
+            rows = whole.split(list(parts.values()), dim + 1)
+            for part, own in zip(parts, rows, strict=True):
+                yield match.expand(part), own.flatten(dim, dim + 2)
+            continue
+        if found := find(f"{module}.weight"):
+            match, _, turns, _, parts = found
+            if turns > 1:
+                raise ValueError(
+                    f"{name} cannot be loaded: {module}.weight holds several matrices in turns\n"
+                    "  need: a checkpoint in which this module is not quantised\n"
+                    "  fix:  quantise it with this module in the list of those to ignore"
+                )
+            awaited.difference_update(match.expand(part).rpartition(".")[0] for part in parts)
+        yield name, weight
 
 
 def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeated: dict):

@@ -1,0 +1,124 @@
+"""Fused matrices of checkpoints: adapters and quantised tensors of them, on the real engine.
+
+The tensors themselves are loaded by every row of tests/models/rows that has some.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import funcmodels as fm
+from funcmodels.parts import stored_tensors_of
+from tests.engine.harness import serve
+from tests.engine.test_lora import serve_adapters
+from tests.engine.test_quantised import SCHEMES, difference
+from tests.engine.test_traps import vllms_layers
+from tests.engine.tiny import PROMPTS, check, expected, serve_model
+from tests.models.zoo import rows
+
+RANK, ALPHA = 8, 20
+
+
+def matrices(model, weights):
+    """The checkpoint's linears by their modules' names: [out, in]."""
+    tensors = dict(stored_tensors_of(model.tensor_maps, dict(fm.tree.items(weights))))
+    found = {name.removesuffix(".weight"): t for name, t in tensors.items() if t.dim() == 2}
+    return {name: t for name, t in found.items() if ".layers." in name}
+
+
+def with_tensors(model, weights, tensors):
+    """The weights that the checkpoint's tensors make, where these are given."""
+
+    def value(path, param):
+        map_ = model.tensor_maps[path]
+        named = [name for name in map_.names if name in tensors]
+        return map_.to_param([tensors[n] for n in named]) if named else values[path]
+
+    values = dict(fm.tree.items(weights))
+    return fm.tree.map_with_path(value, model.params)
+
+
+def write_adapter(folder, model, weights, leaves):
+    """A PEFT folder for modules that end so; returns the merged weights."""
+    generator, changed, merged = torch.Generator().manual_seed(0), {}, {}
+    for name, matrix in matrices(model, weights).items():
+        if name.rpartition(".")[2] in leaves:
+            out, into = matrix.shape
+            a = torch.randn(RANK, into, generator=generator) / into**0.5
+            b = torch.randn(out, RANK, generator=generator) / RANK**0.5
+            key = f"base_model.model.{name}"
+            changed |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+            merged[f"{name}.weight"] = matrix + ALPHA / RANK * (b @ a)
+    folder.mkdir()
+    save_file(changed, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": leaves}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
+    return with_tensors(model, weights, merged)
+
+
+def saved_row(name, folder):
+    row = rows()[name]
+    model = row.model()
+    weights = row.weights(model)
+    fm.save(model, weights, folder)
+    return model, weights
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_adapters_of_fused_matrices(tp, tmp_path):
+    """Queries, keys and values in one piece each: the layer is changed as a whole."""
+    model, weights = saved_row("phi3", tmp_path)
+    merged = write_adapter(tmp_path / "a", model, weights, ["qkv_proj", "gate_up_proj", "o_proj"])
+    want = [*expected(model, merged), *expected(model, weights)]
+    adapters = [tmp_path / "a"] * len(PROMPTS) + [None] * len(PROMPTS)
+    check(serve_adapters(model, tmp_path, PROMPTS * 2, adapters, tp=tp), want)
+
+
+def test_adapters_of_matrices_in_turns_are_refused(tmp_path):
+    """Their rows are those of the checkpoint, which are not the layer's."""
+    model, weights = saved_row("gpt_neox", tmp_path)
+    write_adapter(tmp_path / "a", model, weights, ["query_key_value"])
+    name = "gpt_neox.layers.0.attention.query_key_value"
+    with pytest.raises(ValueError, match=f"this model has no {name} that an adapter could change"):
+        serve_adapters(model, tmp_path, PROMPTS, [tmp_path / "a"] * 3)
+
+
+def quantised(model, weights, folder, scheme):
+    """Rewrite the folder's linears in a scheme; returns the weights that it stands for."""
+    write, config = SCHEMES[scheme]
+    tensors, meant = load_file(folder / "model.safetensors"), {}
+    for name, matrix in matrices(model, weights).items():
+        stored, meant[f"{name}.weight"] = write(matrix)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{kind}": part.contiguous() for kind, part in stored.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    ignored = [*config["ignore"], "embed_out"]
+    settings["quantization_config"] = config | {"ignore": ignored}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return with_tensors(model, weights, meant)
+
+
+@pytest.mark.parametrize(("scheme", "tp"), [("int8", 1), ("int8", 2), ("w4a16", 2)])
+def test_quantised_fused_matrices(scheme, tp, tmp_path):
+    model, weights = saved_row("phi3", tmp_path)
+    dtype = "bfloat16" if scheme == "w4a16" else "float32"
+    if dtype == "bfloat16":
+        weights = fm.tree.map(lambda w: w.bfloat16().float(), weights)
+        fm.save(model, fm.tree.map(torch.Tensor.bfloat16, weights), tmp_path)
+    meant = quantised(model, weights, tmp_path, scheme)
+    ours = serve_model(model, tmp_path, tp=tp, dtype=dtype, edit=vllms_layers)
+    options = {"prompt_logprobs": True, "tp": tp, "dtype": dtype}
+    assert ours == serve(tmp_path, PROMPTS, arch="Phi3ForCausalLM", **options)
+    rounded, not_rounded = (difference(ours, model, w) for w in (meant, weights))
+    assert rounded < min(0.1, 0.9 * not_rounded)
+
+
+def test_quantised_matrices_in_turns_are_refused(tmp_path):
+    """Their scales would be another row's."""
+    model, weights = saved_row("gpt_neox", tmp_path)
+    quantised(model, weights, tmp_path, "int8")
+    with pytest.raises(ValueError, match=r"query_key_value.weight holds several matrices in turns"):
+        serve_model(model, tmp_path)
