@@ -140,11 +140,11 @@ def run_transformers(
 
 def tune(model: fm.Model, weights: Any, tokenizer: Any, steps: int, seq: int) -> Any:
     """New weights, taught to answer as a lighthouse keeper."""
-    with stage(f"Fine-tune {steps} steps with torch.func.grad_and_value"):
+    with stage(f"Fine-tune {steps} steps with fm.fit"):
         chats = finetune.conversations(finetune.TEXT.read_text())
         documents = [tokenizer.apply_chat_template(chat)["input_ids"] for chat in chats]
-        packed = finetune.pack(documents, seq)
-        rows, used = len(packed["tokens"]), float((packed["segment_ids"] > 0).float().mean())
+        packed = fm.pack(documents, seq)
+        rows, used = len(packed["tokens"]), float((packed["segment_ids"] >= 0).float().mean())
         console.print(
             f"{len(documents)} conversations from {finetune.TEXT.name}, packed into {rows} rows of "
             f"{seq} tokens, {used:.0%} used; no document sees another"

@@ -1,28 +1,21 @@
-"""Fine-tuning with `torch.func`: packed documents, AdamW over pytrees, and a loop of a few lines.
+"""Fine-tuning with `fm.fit`: conversations, packed; batches by number; AdamW; a plot of the loss.
 
-Everything here is a pure function of plain tensors in plain dicts: copy what you need.
+Everything here is a function of plain tensors in plain dicts: copy what you need.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import funcmodels as fm
 
 TEXT = Path(__file__).parent / "data" / "lighthouse.txt"
-PADDING = 0  # the segment of the unused end of a row
-
-
-# --- data ----------------------------------------------------------------------------------------
 
 
 def conversations(text: str) -> list[list[dict[str, str]]]:
@@ -35,123 +28,52 @@ def conversations(text: str) -> list[list[dict[str, str]]]:
     return chats
 
 
-def pack(documents: Iterable[Sequence[int]], seq: int) -> dict[str, Tensor]:
-    """Documents side by side in rows of `seq` tokens, none of them cut unless longer than a row.
+def batches(packed: dict[str, Tensor], rows: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """Batch number n: rows of a pass over the data, in an order of each pass's own.
 
-    Returns:
-        tokens, positions (from 0 in each document) and segment_ids (from 1 in each row, and 0 for
-        what is left over), each (rows, seq) int64.
+    A function of the number, so that a run that was stopped goes on with the next batch.
     """
-    rows: list[list[Sequence[int]]] = [[]]
-    for document in documents:
-        document = document[:seq]
-        if sum(map(len, rows[-1])) + len(document) > seq:
-            rows.append([])
-        rows[-1].append(document)
-    packed = {name: torch.zeros(len(rows), seq, dtype=torch.int64)
-              for name in ("tokens", "positions", "segment_ids")}  # fmt: skip
-    for i, row in enumerate(rows):
-        start = 0
-        for segment, document in enumerate(row, start=1):
-            here = (i, slice(start, start + len(document)))
-            packed["tokens"][here] = torch.tensor(document)
-            packed["positions"][here] = torch.arange(len(document))
-            packed["segment_ids"][here] = segment
-            start += len(document)
-    return packed
+    total = len(packed["tokens"])
+    each = -(-total // rows)  # batches of a pass
 
+    def batch(number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed + number // each)
+        order = torch.randperm(total, generator=generator)
+        chosen = order.split(rows)[number % each]
+        return {name: value[chosen] for name, value in packed.items()}
 
-def batches(packed: dict[str, Tensor], rows: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows, in a new order in each pass over the data; without end."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in itertools.count():
-        order = torch.randperm(len(packed["tokens"]), generator=generator)
-        for chosen in order.split(rows):
-            yield {name: value[chosen] for name, value in packed.items()}
-
-
-# --- the loss ------------------------------------------------------------------------------------
-
-
-def loss_fn(model: fm.Model, weights: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of each token given those before it in its own document."""
-    tokens, segments = batch["tokens"], batch["segment_ids"]  # (rows, seq)
-    logits = model.forward(weights, tokens, batch["positions"], segments)  # (rows, seq, vocab)
-    # The first token of a document has none before it; the padding teaches nothing.
-    learned = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != PADDING)
-    loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
-    )
-    return (loss * learned.flatten()).sum() / learned.sum()
-
-
-# --- AdamW ---------------------------------------------------------------------------------------
-
-
-def adamw_init(weights: Any) -> dict[str, Any]:
-    """The state before the first step: both moments zero."""
-    return {
-        "m": fm.tree.map(torch.zeros_like, weights),
-        "v": fm.tree.map(torch.zeros_like, weights),
-        "step": 0,
-    }
-
-
-def adamw(
-    weights: Any,
-    grads: Any,
-    state: dict[str, Any],
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> tuple[Any, dict[str, Any]]:
-    """One step: weights and state -> new weights and state.
-
-    Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
-    """
-    (b1, b2), step = betas, state["step"] + 1
-    m = fm.tree.map(lambda m, g: m.lerp(g, 1 - b1), state["m"], grads)
-    v = fm.tree.map(lambda v, g: v.lerp(g.square(), 1 - b2), state["v"], grads)
-
-    def update(w: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        direction = m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + eps)
-        return w - lr * (direction + weight_decay * w)
-
-    return fm.tree.map(update, weights, m, v), {"m": m, "v": v, "step": step}
-
-
-# --- the loop ------------------------------------------------------------------------------------
+    return batch
 
 
 def train(
     model: fm.Model,
     weights: Any,
-    data: Iterator[dict[str, Tensor]],
+    data: Callable[[int], dict[str, Tensor]],
     *,
     steps: int,
     lr: float,
     console: Console | None = None,
+    checkpoints: Path | None = None,
 ) -> tuple[Any, list[float]]:
     """Some steps of AdamW, with the learning rate warmed up and then falling to zero.
 
+    Args:
+        checkpoints: a folder from which a run that was stopped goes on.
     Returns:
         The new weights, and the loss before each step.
     """
-    grad = torch.func.grad_and_value(lambda weights, batch: loss_fn(model, weights, batch))
-    state, losses = adamw_init(weights), []
-    text = TextColumn("fine-tuning  loss {task.fields[loss]}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps, loss="?")
-        for step in range(steps):
-            rate = lr * min((step + 1) / 5, (steps - step) / steps)
-            grads, loss = grad(weights, next(data))
-            weights, state = adamw(weights, grads, state, lr=rate)
-            losses.append(float(loss))
-            progress.update(task, advance=1, loss=f"{losses[-1]:.3f}")
-    return weights, losses
+    rate = fm.optim.linear(lr, total=steps, warmup=min(5, steps))
+    fitted = fm.fit(
+        model,
+        weights,
+        data,
+        steps=steps,
+        optimizer=fm.optim.adamw(rate, betas=(0.9, 0.95), weight_decay=0.0),
+        clip=1.0,
+        checkpoints=checkpoints,
+        console=console,
+    )
+    return fitted.weights, fitted.losses
 
 
 def plot_losses(losses: Sequence[float], path: Path, title: str) -> None:

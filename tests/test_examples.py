@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import funcmodels as fm
 from examples import finetune
 from examples.smollm2 import convert
-from tests.tiny_llama import tiny, weights_of
+from tests.tiny_llama import tiny
 
 ROOT = Path(__file__).parent.parent
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -61,46 +62,40 @@ def test_conversations():
         assert assistant["content"].endswith("Fair winds.")
 
 
-def test_pack():
-    packed = finetune.pack([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]], seq=5)
-    assert packed["tokens"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
-    assert packed["positions"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
-    assert packed["segment_ids"].tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]]
-
-
-def test_loss_of_packed_documents_is_that_of_each_alone():
-    model = tiny()
-    weights = weights_of(model)
-    documents = [[5, 9, 2, 7], [3, 1, 4], [8, 8]]
-    alone = torch.cat([fm.logprobs(model, weights, document) for document in documents])
-    packed = finetune.loss_fn(model, weights, finetune.pack(documents, seq=12))
-    torch.testing.assert_close(packed, -alone.mean())
-
-
-def test_adamw_equals_torchs():
-    generator = torch.Generator().manual_seed(0)
-    ours = {"w": torch.randn(3, 4, generator=generator), "b": [torch.randn(2, generator=generator)]}
-    theirs = fm.tree.map(lambda w: w.clone().requires_grad_(), ours)
-    peer = torch.optim.AdamW(
-        fm.tree.leaves(theirs), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
-    )
-    state = finetune.adamw_init(ours)
-    for _ in range(3):
-        grads = fm.tree.map(lambda w: torch.randn(w.shape, generator=generator), ours)
-        ours, state = finetune.adamw(ours, grads, state, lr=0.01, weight_decay=0.1)
-        fm.tree.map(lambda w, g: setattr(w, "grad", g), theirs, grads)
-        peer.step()
-    fm.tree.map(lambda a, b: torch.testing.assert_close(a, b.detach()), ours, theirs)
+def test_batches_are_a_function_of_their_number():
+    packed = {"tokens": torch.arange(5)[:, None]}
+    batch = finetune.batches(packed, rows=2, seed=0)
+    passes = [
+        [batch(n)["tokens"].flatten().tolist() for n in range(3 * i, 3 * i + 3)] for i in (0, 1)
+    ]
+    for one in passes:
+        assert sorted(token for tokens in one for token in tokens) == [0, 1, 2, 3, 4]
+    assert passes[0] != passes[1]
+    assert batch(4)["tokens"].flatten().tolist() == passes[1][1]
 
 
 def test_train_and_plot(tmp_path):
     model = tiny()
-    data = finetune.batches(finetune.pack([[1, 2, 3, 4, 5, 6]] * 4, seq=12), rows=2, seed=0)
+    data = finetune.batches(fm.pack([[1, 2, 3, 4, 5, 6]] * 4, 12), rows=2, seed=0)
     weights, losses = finetune.train(model, fm.init(model, seed=0), data, steps=12, lr=0.02)
     assert losses[-1] < losses[0] / 2
     assert fm.generate(model, weights, [1, 2], max_new_tokens=3) == [3, 4, 5]
     finetune.plot_losses(losses, tmp_path / "loss.png", "tiny")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+    """From nothing, in two runs: the second goes on."""
+    out = str(tmp_path)
+    assert "held-out loss" in script("examples.train", "--steps", "20", "--out", out)
+    said = script("examples.train", "--steps", "60", "--out", out)
+    loss = float(said.partition("held-out loss ")[2].split()[0])
+    assert loss < 3.2  # bytes at random have 5.5, and the letters of English without order 2.9
+    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, 61))
+    model = fm.load_model(tmp_path / "model")
+    assert fm.load(model, tmp_path / "model")["embed"].shape == (256, 64)
 
 
 @pytest.mark.skipif(not HAS_SMOLLM2, reason="the weights are not installed")
