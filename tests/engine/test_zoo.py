@@ -30,6 +30,7 @@ from tests.models.zoo import Row, rows
 ROWS = rows()
 SERVED = [(name, v) for name, row in ROWS.items() for v in ("", *row.served)]
 OWN = [name for name, row in ROWS.items() if row.vllm]
+GENERATING = [name for name, row in ROWS.items() if row.model().task == "generate"]
 PIECES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}  # the longest prompt in three or more
 
 Answer = list[Served] | torch.Tensor  # of a model that generates, and of one that pools
@@ -153,12 +154,27 @@ def test_equals_the_pure_function(name, variation, runs):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_on_two_ranks(name, runs):
+    """Traced as one graph by Dynamo, whose result runs eagerly: the class can be compiled."""
     row = ROWS[name]
     model, folder = runs.saved(name)
 
     def run() -> Answer:
         register(model)
-        return answer(row, model, folder, tp=2)
+        return answer(row, model, folder, tp=2, compiled="trace")
+
+    same(run_in_engine(run, compiled="trace"), runs.want(name))
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_on_two_stages(name, runs):
+    """Half of the layers on each rank."""
+    row = ROWS[name]
+    model, folder = runs.saved(name)
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+    def run() -> Answer:
+        register(model)
+        return answer(row, model, folder, **stages)
 
     same(run_in_engine(run), runs.want(name))
 
