@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from compiler import layers
+from compiler.ir import tensor_type
 from compiler.modules import plan_modules
 from compiler.needs import Need, served_needs, strongest
 from compiler.partition import Partitioned
@@ -34,7 +35,8 @@ def check(model: Model, *, tp: int = 1, pp: int = 1, ep: int = 1) -> list[int]:
     Takes no GPU, no weights and no process group.
 
     Args:
-        tp, pp, ep: ranks that share each layer, pipeline stages, ranks that share the experts.
+        tp, pp, ep: ranks that share each layer, pipeline stages, ranks that share the experts: of
+            tp and of data parallelism together.
     Returns:
         The tensor-parallel sizes that are allowed, at most eight.
     Raises:
@@ -95,7 +97,7 @@ class Grid:
             tp, pp, ep = layout
             error = self.refused.get(layout)
             told = "[green]works[/]" if error is None else f"[red]no:[/] {_short(error)}"
-            table.add_row(str(tp), str(pp), str(ep), str(tp * pp), told)
+            table.add_row(str(tp), str(pp), str(ep), str(max(tp, ep) * pp), told)
         yield table
 
     def __str__(self) -> str:
@@ -119,6 +121,8 @@ class Layouts:
         self.why_one_stage = why_one_stage(split.body, root)
         self.layers = len(root.loop.calls) if root.loop else 0
         self.heads = None if _cuts_heads(program) else _query_heads(model)
+        graphs = [block.graph for block in program.all()]
+        self.experts = [n for g in graphs for n in g.nodes if n.target is layers.experts]
 
     def check(self, *, tp: int, pp: int, ep: int) -> None:
         """Raise for the first demand that is not met."""
@@ -149,8 +153,7 @@ class Layouts:
                 fix=f"tp in {{{', '.join(map(str, _divisors(self.heads)))}}}",
             )
         yield from self._stages(pp)
-        if ep > 1:
-            yield self._experts(ep)
+        yield from self._experts(tp, ep)
 
     def _stages(self, pp: int) -> Iterator[ShardingError]:
         if pp == 1:
@@ -170,21 +173,40 @@ class Layouts:
                 fix=f"pp={self.layers}",
             )
 
-    def _experts(self, ep: int) -> ShardingError:
-        on_ep = next((axis for axis, mesh in self.model.table.items() if mesh == "ep"), None)
-        if on_ep is None:
-            return ShardingError(
-                f"{self.model.name} has no experts",
-                got=f'ep={ep}, and no axis on mesh axis "ep"',
-                need="ep=1",
+    def _experts(self, tp: int, ep: int) -> Iterator[ShardingError]:
+        if ep == 1:
+            return
+        axis = next((axis for axis, mesh in self.model.table.items() if mesh == "ep"), None)
+        if axis is None or not self.experts:
+            yield ShardingError(
+                f"{self.model.name} has no experts to divide",
+                got=f'ep={ep}, and no axis of ops.experts on mesh axis "ep"',
+                need="ep=1" if not self.experts else 'sharding={..., "experts": "ep"}',
                 fix="ep=1, and more ranks by tp or pp",
             )
-        return ShardingError(
-            "experts are not put on ranks of their own yet",
-            got=f'ep={ep}, and "{on_ep}" on mesh axis "ep"',
-            need="ep=1",
-            fix=f'ep=1, and "{on_ep}" left out of sharding or on "tp"',
-        )
+            return
+        fewest = min(tensor_type(n.args[3][0]).shape[0] for n in self.experts)  # type: ignore[index,arg-type,type-var]
+        if ep > fewest:  # type: ignore[operator]
+            yield ShardingError(
+                "more ranks than experts",
+                got=f"{axis}={fewest}, ep={ep}",
+                need="at least one expert for each rank",
+                fix=f"ep={fewest}",
+            )
+        if ep % tp:
+            yield ShardingError(
+                "experts are divided over the ranks of tp and of data parallelism together",
+                got=f"tp={tp}, ep={ep}",
+                need="ep is a multiple of tp: 1 times it, or as often as there are data ranks",
+                fix=f"ep={tp * max(1, ep // tp)}",
+            )
+        if ep > tp and any(n.kwargs["kind"] == "row_partial" for n in self.experts):
+            yield ShardingError(
+                "experts are summed with another layer before the sum over the ranks",
+                got=f"tp={tp}, ep={ep}: data parallel ranks exchange tokens within the layer",
+                need="no data parallelism, or experts that are summed by themselves",
+                fix=f"ep={tp}",
+            )
 
 
 def check_needs(model: Model, needs: Iterable[Need], tp: int) -> None:

@@ -39,7 +39,8 @@ def explain(
 
     Args:
         model: the model.
-        tp, ep, pp: ranks that share each layer, that share the experts, and pipeline stages.
+        tp, ep, pp: ranks that share each layer, that share the experts, and pipeline stages. vLLM
+            divides experts over the ranks of tp and of data parallelism: ep is a multiple of tp.
         dtype: of the parameters that declare none of their own.
         kv_dtype: of the KV cache; that of the weights by default.
         device: a `fm.Device`, or a name of `fm.DEVICES`, for an estimate of times.
@@ -58,7 +59,7 @@ def explain(
         program = lower_to_vllm(model)
         Layouts(model, program).check(tp=tp, pp=pp, ep=ep)
         emit_model(program)  # what cannot be written is refused here too
-        inventory = Inventory(program, Setting(tp, pp, dtype, kv_dtype or dtype))
+        inventory = Inventory(program, Setting(tp, pp, dtype, kv_dtype or dtype, ep))
         blocks = inventory.blocks()
         stages = inventory.stages(blocks)
     times = None

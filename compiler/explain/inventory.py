@@ -51,6 +51,7 @@ class Setting:
     pp: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    ep: int = 1
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,9 @@ class Inventory:
     def _param_shape(self, node: fx.Node, layer: bool) -> tuple[int, ...]:
         """What a rank holds of a parameter; of a vocabulary, with the rows of padding."""
         shape = self._local(node)
+        if layer and self.setting.ep > 1 and any(u.target is layers.experts for u in node.users):
+            count, *rest = node.meta["type"].shape
+            return (-(-count // self.setting.ep), *rest)
         if layer and all(user.target in _VOCAB_LAYERS for user in node.users):
             shape = (padded(node.meta["type"].shape[0]) // self.setting.tp, *shape[1:])
         return shape
@@ -271,6 +275,8 @@ class Inventory:
         )
         if node.target in (layers.vocab_embedding, ops.embed) or _is_lookup(node):
             return Work(token_bytes=self._bytes(node))
+        if node.target is layers.experts:
+            return self._expert_work(node, weights)
         if node.target is layers.linear:
             matrices = node.args[1]
             flops = sum(2 * prod(self._param_shape(w, True)) for w in matrices)  # type: ignore[union-attr,arg-type]
@@ -278,6 +284,15 @@ class Inventory:
         if node.target is layers.logits:
             return Work(2 * sizes[0], weights)
         return Work(self._product_flops(node), weights)
+
+    def _expert_work(self, node: fx.Node, weights: int) -> Work:
+        """Products of the chosen experts; read are those that a step's tokens choose."""
+        matrices: Any = node.args[3]
+        count = matrices[0].meta["type"].shape[0]
+        k = node.args[2].meta["type"].shape[-1]  # type: ignore[union-attr]
+        each = sum(2 * prod(w.meta["type"].shape[1:]) for w in matrices)
+        ranks = 1 if node.kwargs["kind"] == "replicated" else self.setting.tp
+        return Work(k * each // ranks, weights, chosen=k / count)
 
     def _attention_work(self, node: fx.Node) -> Work:
         s: Any = node.kwargs
@@ -330,7 +345,11 @@ class Inventory:
     # What ranks send each other
 
     def _collective(self, block: Block, node: fx.Node) -> Collective | None:
-        if self.setting.tp == 1 or node.op != "call_function":
+        if node.op != "call_function":
+            return None
+        if node.target is layers.experts and self.setting.ep > self.setting.tp:
+            return self._exchange(node)
+        if self.setting.tp == 1:
             return None
         kind, why = self._asks_for(node)
         if not kind:
@@ -348,11 +367,21 @@ class Inventory:
         wire = round(size * share * (2 if kind == "all_reduce" else 1))
         return Collective(kind, size, block is self.split.head, wire, why)
 
+    def _exchange(self, node: fx.Node) -> Collective:
+        """Tokens go to the ranks of their experts, those of other groups too, and back."""
+        k = node.args[2].meta["type"].shape[-1]  # type: ignore[union-attr]
+        size, ep = 2 * k * self._bytes(node), self.setting.ep
+        why = "each token goes to the ranks that have its experts, and back"
+        return Collective("all_to_all", size, False, round(size * (ep - 1) / ep), why)
+
     def _asks_for(self, node: fx.Node) -> tuple[str, str]:
         if node.target is layers.linear and node.kwargs["kind"] == "row":
             at = node.args[0].meta["placement"]  # type: ignore[union-attr]
             over = f' over "{at.axis}"' if isinstance(at, Shard) else ""
             return "all_reduce", f"each rank has a part of the sum{over}"
+        if node.target is layers.experts and node.kwargs["kind"] == "row":
+            part = "some of the experts" if self.setting.ep > 1 else "a part of every expert"
+            return "all_reduce", f"each rank has {part}"
         if node.target is layers.vocab_embedding:
             return "all_reduce", "each rank has the rows of a part of the vocabulary"
         if node.target is layers.logits:
@@ -409,7 +438,7 @@ class Inventory:
                 module=module,
                 part=part,
                 lora=layer is not None and self._is_adapted(at[0].names[name]),
-                quantisable=layer is not None and node.target is layers.linear,
+                quantisable=layer is not None and node.target in (layers.linear, layers.experts),
                 stages=tuple(held.count(s) for s in range(self.setting.pp)),
             )
 
@@ -496,6 +525,14 @@ def _parts(node: fx.Node) -> Iterator[tuple[fx.Node, str, str]]:
         for leaf, params in (("weight", weights), ("bias", biases)):
             for part, param in zip(parts, params, strict=False):
                 yield param, leaf, str(part) if several else ""
+        return
+    if node.target is layers.experts:
+        for leaf, params in (("weight", node.args[3]), ("bias", node.args[4])):
+            three: Any = params
+            for part, param in zip(("gate", "up", "down"), three, strict=False):
+                if param is not None:
+                    which = "w2" if part == "down" else "w13"
+                    yield param, f"routed_experts.{which}_{leaf}", part
         return
     params = [n for n in node.all_input_nodes if is_param(n)]
     if node.target in (*NORMS, *_VOCAB_LAYERS):

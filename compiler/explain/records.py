@@ -65,7 +65,7 @@ class Collective:
     """What ranks send each other for one operation.
 
     Args:
-        kind: "all_reduce" or "all_gather".
+        kind: "all_reduce", "all_gather" or "all_to_all".
         bytes: of the whole value, for each token, or for each token that is sampled from.
         is_per_sample: whether it is done for the tokens that are sampled from alone.
         wire: bytes that each rank sends for it, by a ring.
@@ -86,6 +86,7 @@ class Work:
     Args:
         flops: for each token, attention over other tokens aside.
         weight_bytes: read once a step, for however many tokens.
+        chosen: of these bytes, what one token reads: that of its experts. 1 reads all.
         token_bytes: read for each token beside that: the row of an embedding table.
         attention_flops: for each pair of a query token and a key token.
         kv_bytes: of the KV cache, for each token.
@@ -96,6 +97,7 @@ class Work:
 
     flops: int = 0
     weight_bytes: int = 0
+    chosen: float = 1.0
     token_bytes: int = 0
     attention_flops: int = 0
     kv_bytes: int = 0

@@ -84,7 +84,8 @@ class Estimate:
 
     Every operation takes the longer of its arithmetic and its reading of weights and KV cache;
     operations and collectives follow each other. Activations are taken to stay in the caches, and
-    element-wise operations to be free.
+    element-wise operations to be free. Tokens are taken to choose experts evenly: a step reads as
+    many as they then share.
 
     Args:
         prefill: one prompt.
@@ -172,7 +173,8 @@ def _cost(work: Work, load: _Load) -> tuple[float, float]:
     """Arithmetic, and bytes from memory."""
     tokens = load.sampled if work.is_per_sample else load.tokens
     flops = work.flops * tokens + work.attention_flops * load.pairs(work.window)
-    size = work.weight_bytes + work.token_bytes * tokens
+    read = work.weight_bytes * (1 - (1 - work.chosen) ** tokens)  # of experts, by even routing
+    size = read + work.token_bytes * tokens
     return flops, size + (work.kv_bytes * load.kept(work.window) if work.kv_bytes else 0)
 
 

@@ -10,7 +10,7 @@ import torch
 import funcmodels as fm
 from compiler.explain import Explanation
 from compiler.stages import layers_of_stages
-from tests.engine import unusual
+from tests.engine import mixtures, unusual
 from tests.engine.custom import custom
 from tests.engine.harness import generate, make_llm, run_in_engine
 from tests.engine.tiny import register, saved, tiny_llama
@@ -39,6 +39,7 @@ def remember_sizes(cls: Any) -> None:
 def told(worker: Any) -> dict[str, Any]:
     """Of one rank: its parameters, its KV cache, and how often a step calls each collective."""
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
     model = worker.model_runner.model
     counts: dict[str, int] = {}
@@ -50,7 +51,8 @@ def told(worker: Any) -> dict[str, Any]:
 
         return run
 
-    places = [linear, vocab_parallel_embedding, __import__("sys").modules[type(model).__module__]]
+    places = [linear, vocab_parallel_embedding, moe_runner]
+    places.append(__import__("sys").modules[type(model).__module__])
     name = "tensor_model_parallel_all_reduce"
     for place in places:
         if hasattr(place, name):
@@ -82,10 +84,14 @@ def modules_of(found: Explanation) -> dict[str, int]:
     [
         *((kind, tp, 1) for kind in MODELS for tp in (1, 2)),
         *(("tied", 1, 2), ("custom", 2, 2), ("stacked", 2, 1), ("shared", 2, 1)),
+        *((f"experts: {mix}", tp, 1) for mix, tp in (("grouped, shared", 2), ("gelu, one", 1))),
+        ("experts: in turns, biased", 2, 1),
     ],
 )
 def test_what_a_rank_holds_caches_and_sends(kind, tp, pp, tmp_path):
-    model = MODELS[kind]() if kind in MODELS else unusual.MODELS[kind]
+    _, mixes, mixture = kind.partition("experts: ")
+    given = mixtures.model(mixture) if mixes else unusual.MODELS.get(kind)
+    model = MODELS[kind]() if kind in MODELS else given
     saved(model, tmp_path, dtype=torch.bfloat16)
     found = fm.explain(model, tp=tp, pp=pp)
     sizes = {"tp": tp, "pipeline_parallel_size": pp} if pp > 1 else {"tp": tp}
