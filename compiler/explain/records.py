@@ -86,24 +86,24 @@ class Work:
     Args:
         flops: for each token, attention over other tokens aside.
         weight_bytes: read once a step, for however many tokens.
-        chosen: of these bytes, what one token reads: that of its experts. 1 reads all.
         token_bytes: read for each token beside that: the row of an embedding table.
         attention_flops: for each pair of a query token and a key token.
         kv_bytes: of the KV cache, for each token.
         window: how many tokens attention looks back at, or None for all.
         is_per_sample: whether it is done for the tokens that are sampled from alone.
         cached: what the KV cache holds of a token, where that is not its keys and values.
+        chosen: the share of `weight_bytes` that one token reads: that of its experts; 1 reads all.
     """
 
     flops: int = 0
     weight_bytes: int = 0
-    chosen: float = 1.0
     token_bytes: int = 0
     attention_flops: int = 0
     kv_bytes: int = 0
     window: int | None = None
     is_per_sample: bool = False
     cached: str = ""
+    chosen: float = 1.0
 
 
 @dataclass(frozen=True)
