@@ -81,6 +81,7 @@ class Comm:
     def __init__(self, size: int, ranks: list[int]) -> None:
         self.size = size
         self.ranks = ranks
+        self.flying: Values = []
         self.name = f"comm{next(_NUMBERS)}"
         _COMMS[self.name] = self
 
@@ -192,7 +193,11 @@ def _vary_late(comm: Comm) -> Pair:
 
 
 def _landed(comm: Comm) -> Pair:
-    return _same, lambda grads: _same([wait(g) for g in grads])
+    def backward(grads: Values) -> Values:
+        comm.flying.clear()
+        return _same([wait(g) for g in grads])
+
+    return _same, backward
 
 
 _PAIRS: dict[str, Callable[..., Pair]] = {
@@ -263,8 +268,16 @@ class Processes(Comm):
 
     # Collectives that are only started: `wait` for the result before its use.
 
+    def late(self, x: Tensor) -> Tensor:
+        """A started collective, but for two of which all are waited for: they hold what is sent."""
+        if type(x) is Tensor:  # not while a graph is recorded
+            self.flying.append(x)
+            while len(self.flying) > 2:
+                wait(self.flying.pop(0))
+        return x
+
     def start_totals(self, xs: Values) -> Values:
-        flat = self.start_total(torch.cat([x.reshape(-1) for x in xs]))  # of one dtype
+        flat = self.late(self.start_total(torch.cat([x.reshape(-1) for x in xs])))  # of one dtype
         parts = flat.split([x.numel() for x in xs])
         return [_own(part.view(x.shape)) for part, x in zip(parts, xs, strict=True)]
 

@@ -84,9 +84,11 @@ class Gather:
                 parts = filled.unflatten(cut.dim, (cut.parts, cut.width)).movedim(cut.dim, 0)
                 rows.append(parts.reshape(cut.parts, -1))
                 sizes.append(parts.shape[1:])
-            flat = self.comm.start_scatter(torch.cat(rows, 1).view(-1))
+            flat = self.comm.late(self.comm.start_scatter(torch.cat(rows, 1).view(-1)))
             if waits or not all(self.lands[i] for i in at):
                 wait(flat)
+            for i in at:
+                grads[i] = None
             pieces = flat.split([row.shape[1] for row in rows])
             for i, piece, size in zip(at, pieces, sizes, strict=True):
                 cut = self._cut(i)
@@ -276,10 +278,13 @@ class _Call:
         self.leaves, self.outputs = [], []  # the graph was used up
         rest = iter(found)
         every = [next(rest) if needed else None for needed in self.needs]
+        del found, rest, needed, pairs
         # In a backward of a backward, this is not all there is of these gradients: they are added
         # to others before anything waits for them. It is the call's second.
         waits, self.went_back = self.went_back, True
-        every[self.n_inputs :] = unit.gather.scatter(every[self.n_inputs :], waits=waits)
+        grads_of_whole = every[self.n_inputs :]
+        del every[self.n_inputs :]
+        every += unit.gather.scatter(grads_of_whole, waits=waits)
         return [_own(x) for x in every if x is not None]
 
     def again(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import on_ranks
-from tests.distributed.training import train, train_all
+import funcmodels as fm
+from compiler import fsdp
+from tests import tiny_llama
+from tests.distributed.ranks import mesh_of, on_ranks
+from tests.distributed.training import batch, model, train, train_all
 
 ON_TWO: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {}),
@@ -65,3 +68,54 @@ def check(found: dict[str, Any], alone: dict[str, Any]) -> None:
                 atol=1e-5 * expected.abs().max().item(),
                 msg=lambda m, path=path, kind=kind: f"{kind} {path}: {m}",
             )
+
+
+@pytest.mark.slow
+def test_each_rank_holds_its_share(alone: dict[str, Any], on_two: list[Any], on_four: list[Any]):
+    whole = alone["numel"]
+    for rank in (*on_two, *on_four):
+        for name, found in rank.items():
+            shares = {"dp2": 1, "fsdp2 x tp2": 4, "fsdp2 x tp2, sequence parallel": 4}
+            expected = whole / shares.get(name, 2)
+            assert expected <= found["numel"] <= 1.02 * expected  # norms are whole along tp
+
+
+def whole_at_once() -> dict[str, int]:
+    """The most elements of gathered parameters that were there at one time, and of all of them."""
+    module = fm.compile_to_torch(model(), mesh_of(fsdp=2)).load(tiny_llama.weights_of(model()))
+    now, most = 0, 0
+    finish, free = fsdp.Gather.finish, fsdp._free
+
+    def count(change: int) -> None:
+        nonlocal now, most
+        now += change
+        most = max(most, now)
+
+    def counted_finish(self: Any, started: Any, shards: Any) -> Any:
+        params = finish(self, started, shards)
+        count(sum(p.numel() for p in params))
+        return params
+
+    def counted_free(param: torch.Tensor) -> None:
+        assert param.untyped_storage().nbytes() > 0
+        free(param)
+        assert param.untyped_storage().nbytes() == 0
+        count(-param.numel())
+
+    fsdp.Gather.finish, fsdp._free = counted_finish, counted_free  # type: ignore[method-assign]
+    try:
+        tokens, positions, _ = batch(0)
+        loss = module(tokens[:, :-1], positions).square().mean()
+        after_forward = now
+        most_forward = most
+        loss.backward()
+    finally:
+        fsdp.Gather.finish, fsdp._free = finish, free  # type: ignore[method-assign]
+    return {"after": after_forward, "most": most_forward, "all": module.model.num_parameters}
+
+
+@pytest.mark.slow
+def test_whole_parameters_are_there_for_one_part_at_a_time():
+    for found in on_ranks(2, whole_at_once):
+        assert found["after"] == 0
+        assert 0 < found["most"] < 0.5 * found["all"]  # a layer, or a table of the vocabulary
