@@ -22,7 +22,10 @@ import torch
 import funcmodels as fm
 from compiler.vllm_target import load_source
 from tests.engine.harness import Served, generate, make_llm, run_in_engine
+from tests.engine.test_lora import OPTIONS as LORA
+from tests.engine.test_lora import write_adapter
 from tests.engine.test_pooling import ask, wanted
+from tests.engine.test_quantised import quantised
 from tests.engine.test_spawned import add_tokenizer
 from tests.engine.tiny import PROMPTS, Expected, check, distance, expected, register
 from tests.models.zoo import Row, rows
@@ -30,6 +33,7 @@ from tests.models.zoo import Row, rows
 ROWS = rows()
 SERVED = [(name, v) for name, row in ROWS.items() for v in ("", *row.served)]
 OWN = [name for name, row in ROWS.items() if row.vllm]
+LINEARS = [name for name, row in ROWS.items() if row.linears]
 GENERATING = [name for name, row in ROWS.items() if row.model().task == "generate"]
 PIECES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}  # the longest prompt in three or more
 
@@ -60,11 +64,21 @@ class Runs:
         self.saved(name, variation)
         return self.wanted[f"{name}-{variation}"]
 
+    def changed(self, name: str) -> None:
+        """An adapter for a row's matrices, and a checkpoint of them in int8, beside the folders."""
+        row, model = ROWS[name], ROWS[name].model()
+        weights = row.weights(model)
+        merged = write_adapter(self.folder / f"{name}-adapter", model, weights, row.linears)
+        self.wanted[f"{name}-adapter"] = expected(model, merged)
+        quantised(model, weights, self.folder / f"{name}-int8", "int8")
+
     def alone(self, name: str) -> Answers:
-        """Every run of a row on one rank: by variation, "vllm" and "fault"."""
+        """Every run of a row on one rank: by variation, and those that `run_all` names."""
         if name not in self.answers:
             row = ROWS[name]
             folders = {v: self.saved(name, v) for v in ("", *row.served)}
+            if row.linears:
+                self.changed(name)
             self.answers[name] = run_in_engine(lambda: run_all(row, folders), timeout=200)
         return self.answers[name]
 
@@ -84,22 +98,33 @@ def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
     if row.vllm:
         todo["vllm"] = lambda: (folder, own_class(row))
     todo["fault"] = lambda: (folder, faulty_class(row, model))
+    if row.linears:
+        int8 = folder.with_name(f"{folder.name}int8")
+        todo["adapter"] = todo[""]
+        todo["int8"] = lambda: (register(model), int8, None)[1:]
+        todo["int8 vllm"] = lambda: (int8, own_class(row))
     answers: Answers = {}
     for run, prepare in todo.items():
         try:
             path, cls = prepare()
-            own = own_settings(model) if run == "vllm" else {}
-            answers[run] = answer(row, model, path, model_cls=cls, **own)
+            settings = own_settings(model) if run == "vllm" else {}
+            if run == "adapter":
+                settings = LORA | {"adapter": folder.with_name(f"{folder.name}adapter")}
+            answers[run] = answer(row, model, path, model_cls=cls, **settings)
         except Exception:
             answers[run] = traceback.format_exc()
     return answers
 
 
-def answer(row: Row, model: fm.Model, folder: Path, **settings: Any) -> Answer:
+def answer(
+    row: Row, model: fm.Model, folder: Path, adapter: Path | None = None, **settings: Any
+) -> Answer:
     """Of a small engine to all prompts, on one rank in pieces."""
     pieces = {} if "tp" in settings or model.task != "generate" else PIECES
     pools = {"skip_tokenizer_init": False} if model.task != "generate" else {}
     llm = make_llm(folder, **{**pieces, **pools, **row.settings, **settings})
+    if adapter is not None:  # beside adapters, vLLM has no prompt logprobs on a CPU
+        return generate(llm, PROMPTS, adapters=[adapter] * len(PROMPTS))
     if model.task == "generate":
         return generate(llm, PROMPTS, prompt_logprobs=True)
     return ask(llm)
@@ -186,6 +211,21 @@ def test_equals_vllms_own_class(name, runs):
     if not isinstance(theirs, torch.Tensor):
         theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs]
     same(answered(answers, ""), theirs, ROWS[name].tolerance)
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_an_adapter_equals_merged_weights(name, runs):
+    answers = runs.alone(name)
+    same(answered(answers, "adapter"), runs.wanted[f"{name}-adapter"])
+    assert apart(answered(answers, "adapter"), runs.want(name)) > 1e-3
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_in_int8_it_equals_vllms_own_class(name, runs):
+    answers = runs.alone(name)
+    theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in answered(answers, "int8 vllm")]
+    same(answered(answers, "int8"), theirs)
+    assert apart(answered(answers, "int8"), runs.want(name)) > 1e-4
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -53,6 +53,8 @@ class Row:
         vllm: "module:Class" of vLLM's own class, in vllm.model_executor.models; None has none that
             works on a CPU, and says why in `no_vllm`.
         layer: the function of the file that is called once a layer; "" for none.
+        linears: a pattern of the checkpoint's names of matrices that are whole tensors, [out, in]:
+            the engine serves adapters for them, and all matrices as int8; "" to leave both out.
         peer: the attention of transformers' model.
         scale: of the weights: see `weights_of`.
         engine_fault: a pattern and its replacement in the emitted source, that must be seen.
@@ -72,6 +74,7 @@ class Row:
     vllm: str | None = None
     no_vllm: str = ""
     layer: str = "decoder_layer"
+    linears: str = ""
     peer: str = "eager"
     scale: float = 1.3
     engine_fault: tuple[str, str] = (r"\bscale=([^,]+),", r"scale=1.1 * (\1),")

@@ -101,5 +101,6 @@ ROW = Row(
         "softcap of logits": {"final_logit_softcapping": 5.1},
         "pattern": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     },
+    linears=r"self_attn|mlp",
     vllm="gemma2:Gemma2ForCausalLM",
 )

@@ -109,5 +109,6 @@ ROW = Row(
         "softcap": {"final_logit_softcapping": 30.0},
     },
     served=("linear", "final-softcap", "untied"),
+    linears=r"self_attn|mlp",
     vllm="gemma3:Gemma3ForCausalLM",
 )

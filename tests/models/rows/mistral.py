@@ -106,5 +106,6 @@ ROW = Row(
         "eps": {"rms_norm_eps": 1e-3},
     },
     served=("no-window", "wide-heads"),
+    linears=r"self_attn|mlp",
     vllm="mistral:MistralForCausalLM",
 )

@@ -96,5 +96,8 @@ ROW = Row(
         "window": {**WINDOW, "sliding_window": 39},
     },
     served=("window",),
+    # With an adapter of the queries too, biases make the softmax so sharp that the pure function in
+    # float32 is 1e-4 from itself in float64: three times the tolerance.
+    linears=r"[kvo]_proj|mlp",
     vllm="qwen2:Qwen2ForCausalLM",
 )

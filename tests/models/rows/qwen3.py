@@ -96,5 +96,6 @@ ROW = Row(
         "window": {**WINDOW, "sliding_window": 39},
     },
     served=("tied", "window"),
+    linears=r"self_attn|mlp",
     vllm="qwen3:Qwen3ForCausalLM",
 )
