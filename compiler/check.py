@@ -180,7 +180,8 @@ class Layouts:
         if axis is None or not self.experts:
             yield ShardingError(
                 f"{self.model.name} has no experts to divide",
-                got=f'ep={ep}, and no axis of ops.experts on mesh axis "ep"',
+                got=f"ep={ep}, and no "
+                + ('axis on mesh axis "ep"' if axis is None else "ops.experts in forward"),
                 need="ep=1" if not self.experts else 'sharding={..., "experts": "ep"}',
                 fix="ep=1, and more ranks by tp or pp",
             )
