@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -27,6 +29,7 @@ from compiler.stages import root_of, why_one_stage
 from funcmodels import __version__
 from funcmodels.config_json import config_of_fields
 from funcmodels.errors import LoweringError
+from funcmodels.models.hf_config import INERT
 from funcmodels.spec import POOLING_TASKS, Model
 
 # Fields of config.json that decide what a model computes, where a model has them.
@@ -37,6 +40,8 @@ _STRUCTURE = (
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
+# Fields of a config that a folder may have otherwise: it may be made for longer sequences.
+_MAY_DIFFER = {*INERT, "max_position_embeddings", "original_max_position_embeddings"}
 
 
 def emit_model(program: Partitioned) -> str:
@@ -117,14 +122,34 @@ class _Writer:
 
     def compiled_for(self) -> dict[str, str]:
         config = config_of_fields(self.model)
+        own = self.own_fields(config)
         found = {k: config[k] for k in _STRUCTURE if config.get(k) is not None}
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope |= {k: own.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in own}
+        found |= {k: v for k, v in own.items() if k not in found}
         found |= {k: rope.pop(k) for k in ("rope_theta",) if k in rope}
         if rope or "rope_theta" in found:
             rope_type = rope.pop("type", "default")
             rope = {k: v for k, v in rope.items() if v is not None}
             found["rope_parameters"] = {"rope_type": rope_type, **rope}
         return {quoted(k): literal(v) for k, v in found.items()}
+
+    def own_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the model's own config, where it describes a config.json of others.
+
+        One that reads them has their defaults for what such a file leaves out.
+        """
+        own = self.model.config
+        if self.model.hf_config is None or not dataclasses.is_dataclass(own):
+            return {}
+        values = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, (bool, int, float, str))
+            and name not in _MAY_DIFFER
+            and (name in config or hasattr(own, "from_hf"))
+        }
 
     def imports(self) -> list[str]:
         by_source: dict[str, set[str]] = {}

@@ -249,3 +249,28 @@ def test_a_folder_of_another_config_is_refused(other, runs, tmp_path):
 
     with pytest.raises(ValueError, match=rf"another config.json\n.*{next(iter(other))}"):
         run_in_engine(run)
+
+
+OTHERS = {
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.0625},
+    "gpt2": {"n_head": 2},
+    "gpt_neox": {"use_parallel_residual": False},
+    "phi3": {"partial_rotary_factor": 0.75},
+    "smollm3": {"use_sliding_window": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_field_that_only_this_model_has_is_part_of_it(name, runs, tmp_path):
+    """Also one that its config.json leaves out, for which it has a default."""
+    shutil.copytree(runs.saved(name)[1], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | OTHERS[name]))
+
+    def run() -> None:
+        register(ROWS[name].model())
+        make_llm(tmp_path)
+
+    with pytest.raises(ValueError, match=rf"another config.json\n.*{next(iter(OTHERS[name]))}"):
+        run_in_engine(run)
