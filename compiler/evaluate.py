@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from compiler import collectives, over_ranks
+from compiler import collectives, loss_over_ranks, over_ranks
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.placement import Placement, Shard
-from compiler.rules import LocalValues, max_over_ranks, rms_norm_over_ranks, vocab_embed
+from compiler.rules import (
+    LocalValues,
+    cross_entropy_over_ranks,
+    max_over_ranks,
+    rms_norm_over_ranks,
+    vocab_embed,
+)
 from compiler.taken_apart import TakenApart
 from funcmodels import tree
 
@@ -203,3 +209,4 @@ def _vocab_embed(
 RANK_FUNCTIONS[vocab_embed] = _vocab_embed
 GROUP_FUNCTIONS[rms_norm_over_ranks] = over_ranks.rms_norm
 GROUP_FUNCTIONS[max_over_ranks] = over_ranks.max_over_ranks
+GROUP_FUNCTIONS[cross_entropy_over_ranks] = loss_over_ranks.cross_entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from compiler.check import check_needs
 from compiler.evaluate import param_placements
 from compiler.ir import Program
 from compiler.linked import Linked
+from compiler.losses import LossOptions, model_of_losses, next_tokens
 from compiler.mesh import Layout, Place, Ranks
 from compiler.partition import Partitioned, partition
 from compiler.reduce import global_mean, summed_late
@@ -71,7 +73,7 @@ class CompiledModel(nn.Module):
                 need='a mesh dim "tp" of 2 or more',
                 fix="sequence_parallel=False",
             )
-        self.programs: dict[tuple[bool, bool], Program] = {}
+        self.programs: dict[Any, Program] = {}
         self.linked: dict[Any, Linked] = {}
         placements = {}
         if self.ranks is not None and self.ranks.tp is not None:
@@ -84,11 +86,17 @@ class CompiledModel(nn.Module):
             shape = param.shape if self.layout is None else self.layout.place(path).size
             put_parameter(self, path, torch.empty(shape, dtype=param.dtype, device="meta"))
 
-    def program(self, *, batched: bool, segments: bool) -> Program:
-        """The program for a form of the inputs, partitioned where there are tp ranks."""
-        key = (batched, segments)
+    def program(
+        self, *, batched: bool, segments: bool, losses: LossOptions | None = None
+    ) -> Program:
+        """The program for a form of the inputs, partitioned where there are tp ranks.
+
+        Of logits, or, with options, of each token's loss.
+        """
+        key = (batched, segments, losses)
         if key not in self.programs:
-            traced = trace(self.model, batched=batched, segments=segments)
+            model = self.model if losses is None else model_of_losses(self.model, losses)
+            traced = trace(model, batched=batched, segments=segments)
             if self.ranks is not None and self.ranks.tp is not None:
                 traced = partition(traced, "tp", sequence=self.sequence_parallel)
             self.programs[key] = traced
@@ -150,19 +158,64 @@ class CompiledModel(nn.Module):
         self, weights: Any, tokens: Tensor, positions: Tensor, segment_ids: Tensor | None = None
     ) -> Tensor:
         """The local function: of this process's weights, for `torch.func`."""
+        return self._run(None, weights, tokens, positions, segment_ids)
+
+    def loss(
+        self,
+        weights: Any,
+        batch: Mapping[str, Tensor],
+        *,
+        chunk: int | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """`fm.loss` of this process's weights and rows: the mean over those of all processes.
+
+        Where tp cuts the vocabulary, each rank works on its part of the logits, a chunk of tokens
+        at a time, and what is sent is three numbers a token.
+
+        Args:
+            weights: as of `weights()`.
+            batch: as of `fm.pack`, without targets of its own: the rows of this process.
+            chunk, label_smoothing, z_loss: see `ops.cross_entropy`.
+        """
+        options = LossOptions(chunk, label_smoothing, z_loss)
+        given = next_tokens(batch)
+        tokens, positions, mask = (given[n] for n in ("tokens", "positions", "loss_mask"))
+        each = self._run(options, weights, tokens, positions, given.get("segment_ids")).squeeze(-1)
+        return self.mean(torch.where(mask != 0, each, 0), mask.to(each.dtype))
+
+    def _run(
+        self,
+        losses: LossOptions | None,
+        weights: Any,
+        tokens: Tensor,
+        positions: Tensor,
+        segment_ids: Tensor | None,
+    ) -> Tensor:
+        """Logits, or with options each token's loss, (*batch, seq, 1)."""
+        forward = self.model.forward
+        if losses is not None:
+            forward = model_of_losses(self.model, losses).forward
         if self.ranks is None:
-            return self.model.forward(weights, tokens, positions, segment_ids)
+            return forward(weights, tokens, positions, segment_ids)
         local = dict(tree.items(weights))
         if self.ranks.dp is not None:
             local = summed_late(self.ranks.dp, local)
         if self.ranks.tp is None and self.ranks.fsdp is None:
             weights = tree.unflatten(self.model.params, local)
-            return self.model.forward(weights, tokens, positions, segment_ids)
-        linked = self._linked(local, tokens, segment_ids)
+            return forward(weights, tokens, positions, segment_ids)
+        linked = self._linked(local, tokens, segment_ids, losses)
         inputs = [tokens, positions, *([] if segment_ids is None else [segment_ids])]
         return linked(local, inputs)
 
-    def _linked(self, local: dict[str, Tensor], tokens: Tensor, segment_ids: Any) -> Linked:
+    def _linked(
+        self,
+        local: dict[str, Tensor],
+        tokens: Tensor,
+        segment_ids: Any,
+        losses: LossOptions | None = None,
+    ) -> Linked:
         """The program as functions, for what these inputs are."""
         assert self.layout is not None
         if tokens.ndim not in (1, 2):
@@ -178,8 +231,8 @@ class CompiledModel(nn.Module):
         dtype = torch.float32 if path is None else local[path].dtype
         if self.sequence_parallel:
             self._check_divides(tokens)
-        _link(self, batched, segments, dtype, tokens.device)
-        return self.linked[batched, segments, dtype, tokens.device]
+        _link(self, batched, segments, dtype, tokens.device, losses)
+        return self.linked[batched, segments, dtype, tokens.device, losses]
 
     def _check_divides(self, tokens: Tensor) -> None:
         """The tokens of a sequence can be cut over the tp ranks."""
@@ -230,13 +283,14 @@ def _link(
     segments: bool,
     dtype: torch.dtype,
     device: torch.device,
+    losses: LossOptions | None,
 ) -> bool:
     """See that a program is there as functions, whatever transforms are at work."""
-    key = (batched, segments, dtype, device)
+    key = (batched, segments, dtype, device, losses)
     if key not in module.linked:
         assert module.layout is not None
         with temporarily_clear_interpreter_stack(), torch.enable_grad():
-            program = module.program(batched=batched, segments=segments)
+            program = module.program(batched=batched, segments=segments, losses=losses)
             module.linked[key] = Linked(program, module.layout, dtype, device)
     return True
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, overload
 
+from funcmodels.ops.deferred import deferring
 from funcmodels.remat import remat as remat_
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,7 +49,8 @@ def block(fn: Any = None, *, remat: bool = False) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _tracer is None:
             return run(*args, **kwargs)
-        return _tracer.call_block(fn, args, kwargs)
+        with deferring(False):  # the results of a module are tensors
+            return _tracer.call_block(fn, args, kwargs)
 
     return call
 

@@ -67,7 +67,7 @@ def loss(
 def loss_of(
     logits: Tensor | Deferred,
     targets: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     reduction: Literal["mean", "sum", "none"],
     chunk: int | None,
@@ -92,9 +92,11 @@ def loss_of(
         )
     x = logits.logits() if isinstance(logits, Deferred) else logits
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    stats = stats_of(x, torch.where(mask != 0, targets, 0), means=label_smoothing != 0)
-    weight = mask.to(x.dtype)
-    each = losses(stats, Weights(label_smoothing, z_loss)) * weight
+    chosen = targets if mask is None else torch.where(mask != 0, targets, 0)
+    stats = stats_of(x, chosen, means=label_smoothing != 0)
+    each = losses(stats, Weights(label_smoothing, z_loss))
+    weight = torch.ones_like(each) if mask is None else mask.to(x.dtype)
+    each = each * weight
     if reduction == "none":
         return each
     if reduction == "sum":

@@ -14,6 +14,7 @@ from compiler.rules import (
     convolution,
     elementwise,
     latent_attention,
+    loss,
     making,
     mixture,
     model_ops,
@@ -31,6 +32,7 @@ from compiler.rules.local import (
     vocab_embed,
     widened,
 )
+from compiler.rules.loss import cross_entropy_over_ranks
 from compiler.rules.products import letters_of
 from compiler.rules.rule import RULES, TOKENS, Decision, Exactly, Spelled, Steps, View
 
@@ -45,12 +47,14 @@ __all__ = [
     "View",
     "along_dim",
     "convolution",
+    "cross_entropy_over_ranks",
     "decide",
     "elementwise",
     "gathered",
     "is_cut",
     "latent_attention",
     "letters_of",
+    "loss",
     "making",
     "max_over_ranks",
     "mixture",

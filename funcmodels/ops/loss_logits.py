@@ -210,6 +210,9 @@ def second(
 def parts(hidden: Tensor, table: Tensor, o: Logits) -> Iterator[slice]:
     """Chunks of the tokens; one, of none, where there are none."""
     n, rows = hidden.shape[-2], hidden.shape[:-2].numel()
+    if hidden.is_meta:  # nothing is computed: a tracer asks for shapes, of very many tokens
+        yield slice(0, n)
+        return
     step = o.chunk or max(1, CHUNK // max(1, rows * table.shape[-2]))
     if o.chunk is None and step > 64:
         step -= step % 64  # whole tiles of a matrix product

@@ -390,6 +390,13 @@ ROWS = [
         "one d", tokens=True),
     row("latent attention of a cut latent", latent, "heads hd", "heads d", "heads c b", "b/tp",
         "one d", tokens=True, gathers=True, parts=(1, 2, 4)),
+    row("cross_entropy", lambda h, w: ops.cross_entropy(h, w, 2 * torch.arange(6), reduction="none",
+        chunk=4), "c b", "a/tp b"),
+    row("cross_entropy of everything", lambda h, w: ops.cross_entropy(h, w, 2 * torch.arange(6),
+        reduction="none", mask=torch.arange(6) % 4 > 0, label_smoothing=0.1, z_loss=0.01, scale=0.7,
+        softcap=2.0), "c b", "a/tp b"),
+    row("mean cross_entropy", lambda h, w: ops.cross_entropy(h, w, 2 * torch.arange(6)), "c b",
+        "a/tp b", gathers=True),
     # No rule: gathered, and right
     row("no rule", lambda x: torch.renorm(x, 2, 0, 1.0), "a/tp b", gathers=True),
 ]  # fmt: skip

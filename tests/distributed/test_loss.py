@@ -14,7 +14,7 @@ from tests.distributed.training import own_rows
 from tests.ops.test_loss import Largest
 from tests.tiny_llama import tiny, weights_of
 
-VOCAB, LENGTH, CHUNK = 512, 16, 4
+VOCAB, LENGTH, CHUNK = 512, 64, 4
 OPTIONS: dict[str, Any] = {"chunk": CHUNK, "label_smoothing": 0.1, "z_loss": 0.01}
 MESHES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "one process": (None, {}),
@@ -31,7 +31,7 @@ def model() -> fm.Model:
 
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sizes = [9, 7, 16, 4, 5, 12]  # with padding
+    sizes = [36, 28, 64, 16, 20, 48]  # with padding
     return fm.pack([torch.randint(0, VOCAB, (n,), generator=generator) for n in sizes], LENGTH)
 
 
@@ -74,8 +74,8 @@ def test_the_loss_of_all_rows(name: str, on_two: list[Any]):
         grads, value, largest = rank[name]
         torch.testing.assert_close(value, expected[1])
         torch.testing.assert_close(grads, expected[0], rtol=1e-5, atol=1e-5)
-        table = VOCAB * 32  # what one rank has at most; the logits of its rows are more
-        assert largest <= table < rows["tokens"].numel() // 2 * VOCAB
+        # What a rank of two would have of the logits; all else, gradients in one bucket, is less.
+        assert largest < rows["tokens"].numel() * VOCAB // 2
 
 
 def test_targets_of_ones_own_are_refused():
