@@ -40,15 +40,19 @@ Each model is one file of [funcmodels/models](../funcmodels/models). A mark says
 links to ran and passed, with small random weights; an empty cell that there is no such test. Which
 checkpoints were run with their own weights, each file's docstring says.
 
-- **train**: logits, hidden states and gradients equal `transformers`, in float32 and bfloat16.
-- **tensors**: a checkpoint that `transformers` wrote is loaded and written back bit for bit.
+- **train**: logits, hidden states and gradients equal `transformers`, in float32 and bfloat16
+  (`test_equals_transformers`).
+- **tensors**: a checkpoint that `transformers` wrote is loaded and written back bit for bit
+  (`test_tensors_are_written_back_bit_identical`).
 - **serve**: log probabilities, or vectors, of the emitted class equal the pure function's on the
-  engine, on a CPU, with prompts longer than windows and blocks, several in a batch, in pieces.
-- **vLLM's own**: and those of vLLM's own class.
-- **tp, compile**: the same on two tensor-parallel ranks, traced as one graph.
-- **pp**: the same on two pipeline stages.
-- **LoRA**: an adapter of the linears equals merged weights.
-- **int8**: a compressed-tensors checkpoint equals vLLM's own class.
+  engine, on a CPU, with prompts longer than windows and blocks, several in a batch, in pieces
+  (`test_equals_the_pure_function`).
+- **vLLM's own**: and those of vLLM's own class (`test_equals_vllms_own_class`).
+- **tp, compile**: the same on two tensor-parallel ranks, traced as one graph (`test_on_two_ranks`).
+- **pp**: the same on two pipeline stages (`test_on_two_stages`).
+- **LoRA**: an adapter equals merged weights (`test_an_adapter_equals_merged_weights`).
+- **int8**: a compressed-tensors checkpoint equals vLLM's own class
+  (`test_in_int8_it_equals_vllms_own_class`).
 
 """
 
@@ -76,21 +80,13 @@ def results_of(reports: Iterable[Path], rows: Iterable[str]) -> Results:
 def table(results: Results, titles: Mapping[str, str]) -> list[str]:
     """The rows of the page: a model, and a linked mark for each column."""
     lines = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    links = {heading: link(*test) for heading, test in COLUMNS.items()}
     for row, title in titles.items():
         cells = []
-        for heading, test in COLUMNS.items():
+        for test in COLUMNS.values():
             mark = results.get((*test, row), ABSENT)
-            cells.append(f"[{mark}]({links[heading]})" if mark else "")
+            cells.append(f"[{mark}](../{test[0]})" if mark else "")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
-
-
-def link(file: str, function: str) -> str:
-    """The place of a test, seen from the page."""
-    lines = (ROOT / file).read_text().splitlines()
-    number = next(i for i, line in enumerate(lines, 1) if line.startswith(f"def {function}("))
-    return f"../{file}#L{number}"
 
 
 def main(reports: list[str]) -> int:
