@@ -5,9 +5,9 @@ from funcmodels.ops.attention import attention
 from funcmodels.ops.delta_rule import gated_delta_rule
 from funcmodels.ops.embed import embed, unembed
 from funcmodels.ops.glu import geglu, swiglu
+from funcmodels.ops.latent_attention import latent_attention
 from funcmodels.ops.linear_attention import gated_linear_attention
 from funcmodels.ops.loss import cross_entropy
-from funcmodels.ops.latent_attention import latent_attention
 from funcmodels.ops.moe import experts
 from funcmodels.ops.norm import layer_norm, rms_norm
 from funcmodels.ops.recurrent import recurrent
