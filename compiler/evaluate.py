@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 from compiler import collectives, loss_over_ranks, over_ranks
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.placement import Placement, Shard
+from compiler.recurrence import Recurrence, recurrence
 from compiler.rules import (
     LocalValues,
     cross_entropy_over_ranks,
@@ -23,6 +24,7 @@ from compiler.rules import (
     rms_norm_over_ranks,
     vocab_embed,
 )
+from compiler.run_recurrence import run_recurrence
 from compiler.taken_apart import TakenApart
 from funcmodels import tree
 
@@ -158,6 +160,8 @@ class _Run:
         return results[0]
 
     def _function(self, node: fx.Node, env: dict[fx.Node, list[Any]]) -> list[Any]:
+        if node.target is recurrence:
+            return self._recurrence(node, env)
         if node.target in collectives.ALL:
             x, *args = node.args
             assert isinstance(x, fx.Node)
@@ -178,6 +182,18 @@ class _Run:
             else:
                 out.append(node.target(*args, **kwargs))  # type: ignore[operator]
         return out
+
+    def _recurrence(self, node: fx.Node, env: dict[fx.Node, list[Any]]) -> list[Any]:
+        """Its step or its chunked form, on all ranks in lock step."""
+        found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+        xs, params, segment_ids = map_arg(node.args, lambda n: env[n])
+        ids = None if segment_ids is None else segment_ids[0]
+        results = run_recurrence(self, found, list(xs), list(params), ids)
+        return list(zip(*results, strict=True))
+
+    def with_sizes(self, sizes: dict[str, int]) -> _Run:
+        """The same, for a block of other numbers of tokens."""
+        return _Run(self.program, self.comm, sizes, self.dtype, self.device, self.seen)
 
     def concrete(self, args: Any, env: Any, i: int, rank: int) -> Any:
         """Arguments with nodes, sizes and dtypes as they are on one rank."""

@@ -150,6 +150,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return "model" if dtype == MODEL_DTYPE else str(dtype).removeprefix("torch.")
 
 
+# Functions that call themselves otherwise: F.logsigmoid is a log_sigmoid.
+_F_NAMES = {
+    fn: name
+    for name, fn in vars(torch.nn.functional).items()
+    if callable(fn)
+    and not name.startswith("_")
+    and getattr(fn, "__name__", name) != name
+    and getattr(torch.nn.functional, fn.__name__, None) is not fn
+    and getattr(fn, "__module__", "") == "torch._C._nn"
+}
+
+
 def target_name(target: Any) -> str:
     """How a node's function is written: `ops.attention`, `torch.einsum`, `F.silu`."""
     if isinstance(target, str):
@@ -157,7 +169,7 @@ def target_name(target: Any) -> str:
     if isinstance(target, OpOverload):
         return f"torch.ops.{target}"
     module = getattr(target, "__module__", None) or ""
-    name = getattr(target, "__name__", str(target))
+    name = _F_NAMES.get(target) or getattr(target, "__name__", str(target))
     if module.startswith("funcmodels.ops"):
         return f"ops.{name}"
     if module.startswith("compiler"):
@@ -167,6 +179,8 @@ def target_name(target: Any) -> str:
         and getattr(torch, name, None) is not target
     ):
         return f"F.{name}"
+    if getattr(torch.linalg, short := name.removeprefix("linalg_"), None) is target:
+        return f"torch.linalg.{short}"
     if getattr(torch.Tensor, name, None) is target:
         return f"Tensor.{name}"
     return f"torch.{name}" if getattr(torch, name, None) is target else name

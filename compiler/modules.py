@@ -18,6 +18,7 @@ from compiler import layers
 from compiler.experts_place import expert_tensors, experts_name, leaves_of, without_spread
 from compiler.ir import Block, Program, binding
 from compiler.names import identifier, unique
+from compiler.recurrence import recurrence
 from compiler.rewrite import is_param
 from compiler.shared_tensors import MARK, stem, whole_modules
 from compiler.split import Split
@@ -28,6 +29,7 @@ from funcmodels.weightmap import TensorMap
 
 NORMS = (layers.add_rms_norm, ops.rms_norm, ops.layer_norm)
 WITHOUT_WEIGHTS = {
+    recurrence: "recurrence",
     layers.rotary: "rotary_emb",
     layers.attention: "attn",
     layers.latent_attention: "attn",

@@ -16,10 +16,12 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from compiler import collectives, sequence
+from compiler.cut_recurrence import cut_recurrence
 from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
 from compiler.names import unique
 from compiler.needs import Exact, Need
 from compiler.placement import REPLICATE, Partial, Placement, Replicate, Shard
+from compiler.recurrence import recurrence
 from compiler.rules import (
     RULES,
     TOKENS,
@@ -206,6 +208,9 @@ class _BlockPartitioner:
         if _is_idle(node):
             (same,) = node.all_input_nodes
             self.env[node], self.at[node] = self.env[same], self.at[same]
+            return
+        if node.target is recurrence:
+            cut_recurrence(self, node)
             return
         at = sequence.seen(node, self.at) if self.whole.sequence else self.at
         view = View(node, at, self.axis)

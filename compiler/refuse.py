@@ -162,6 +162,25 @@ def fixes_size(func: Any) -> TraceError:
     )
 
 
+def not_of_tokens(step: Callable[..., Any], found: Any) -> TraceError:
+    return TraceError(
+        f"the recurrence {name_of(step)} has an x that is not of the model's tokens",
+        got=str(found),
+        need="(*batch, seq, ...), as tokens have them",
+        from_=users_line(),
+        fix="what all tokens share goes to params=; reshape below the dims of the tokens alone",
+    )
+
+
+def recurrence_in_transform(step: Callable[..., Any]) -> TraceError:
+    return TraceError(
+        f"the recurrence {name_of(step)} is inside a transform of torch.func",
+        need="ops.recurrent on the model's own tensors",
+        from_=users_line(),
+        fix="give the step a further dim, as heads, in place of the vmap",
+    )
+
+
 def branch_on_dtype(where: SourceLine) -> TraceError:
     return TraceError(
         "what is computed depends on the model's dtype",

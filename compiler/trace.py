@@ -36,13 +36,17 @@ from compiler import aten, refuse, transforms
 from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, target_name
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
+from compiler.recurrence import Recurrence, recurrence
 from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
 from compiler.verify import verify
+from funcmodels import tree
 from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
+from funcmodels.ops.recurrent_check import check_pair, check_state
 from funcmodels.source import SourceLine, is_users, users_line
 from funcmodels.spec import Model, Param
+from funcmodels.state import State
 
 _CPU = torch.device("cpu")
 
@@ -419,6 +423,78 @@ class _Tracer(TorchFunctionMode):
             self.recorded[key] = self._record(fn, leaves, spec)
         with torch._C.DisableTorchFunction():
             return self._call_of(self.recorded[key], fn, leaves)
+
+    # Recurrences
+
+    def call_recurrence(
+        self,
+        *,
+        step: Callable[..., Any],
+        state: State,
+        xs: Any,
+        params: Any,
+        chunked: Callable[..., Any] | None,
+        chunk: int,
+        segment_ids: Tensor | None,
+    ) -> Any:
+        """Record a recurrence: its step and its chunked form, each as a block of its own."""
+        self._check_branches()
+        if transforms.is_transforming():
+            raise refuse.recurrence_in_transform(step)
+        given = pytree.tree_leaves(xs)
+        shared = [] if params is None else pytree.tree_leaves(params)
+        with torch._C.DisableTorchFunction():
+            self._check_tokens(step, given)
+            sizes = given[0].shape[: len(self.dims)]
+            of_one = self._step_arguments(state, tree.map(self._without_seq, xs), params, sizes[:1])
+            of_many = self._step_arguments(state, tree.map(self._alike, xs), params, sizes[:-1])
+        one = self._record_step(step, state, of_one)
+        many = chunked and self._record_step(chunked, state, of_many)
+        made = Recurrence(one.block, many and many.block, state, chunk)
+        args = self._as_nodes((tuple(given), tuple(shared), segment_ids), step)
+        with torch._C.DisableTorchFunction():
+            results = [self._with_seq(t, given[0]) for t in one.tensors[len(state.slots) :]]
+            node = self._node(
+                "call_function", recurrence, tuple(results), args, {"recurrence": made}
+            )
+            self._bind(node, results)
+        self.scopes[-1].keep += results
+        rest = iter(results)
+        return tree.map(lambda _: next(rest), pytree.tree_unflatten(one.leaves, one.spec)[1])
+
+    def _check_tokens(self, step: Callable[..., Any], xs: list[Any]) -> None:
+        want = tuple(map(Sym, self.dims))
+        for x in xs:
+            if not isinstance(x, Tensor) or self._type(x).shape[: len(want)] != want:
+                raise refuse.not_of_tokens(step, self._type(x) if isinstance(x, Tensor) else x)
+
+    def _without_seq(self, x: Tensor) -> Tensor:
+        """What a step is recorded on: one token of each of some sequences, (sequences, ...)."""
+        return self._alike(x) if len(self.dims) == 1 else self._alike(x.select(1, 0))
+
+    def _with_seq(self, y: Tensor, like: Tensor) -> Tensor:
+        """A result of a step as one of all tokens."""
+        if len(self.dims) == 1:
+            return self._alike(y)
+        return self._alike(y.unsqueeze(1).expand(*like.shape[:2], *y.shape[1:]))
+
+    def _step_arguments(self, state: State, xs: Any, params: Any, batch: Any) -> tuple[Any, ...]:
+        """Tensors for a step to be recorded on, which are no others' of the model."""
+        carry = {
+            name: torch.empty((*batch, *slot.shape), dtype=slot.dtype)
+            for name, slot in state.slots.items()
+        }
+        return (carry, xs) if params is None else (carry, xs, tree.map(self._alike, params))
+
+    def _record_step(self, fn: Callable[..., Any], state: State, args: tuple) -> _Recorded:
+        recorded = self._record(fn, *pytree.tree_flatten((args, {})))
+        result = pytree.tree_unflatten(recorded.leaves, recorded.spec)
+        with torch._C.DisableTorchFunction():
+            check_pair(fn, result)
+            check_state(fn, state, result[0])
+        return recorded
+
+    # Calls of blocks
 
     def _call_of(self, found: _Recorded, fn: Callable[..., Any], leaves: list[Any]) -> Any:
         """A call of a recorded block: its node, and values of its own for its results."""

@@ -17,6 +17,9 @@ class Tracer(Protocol):
 
     def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any: ...
 
+    # As `ops.recurrent`.
+    call_recurrence: Callable[..., Any]
+
 
 # The tracer at work, or None: then a block is its function and nothing else.
 _tracer: Tracer | None = None
@@ -55,9 +58,9 @@ def block(fn: Any = None, *, remat: bool = False) -> Any:
     return call
 
 
-def is_traced() -> bool:
-    """Whether a tracer is at work."""
-    return _tracer is not None
+def tracer() -> Tracer | None:
+    """The tracer at work."""
+    return _tracer
 
 
 def set_tracer(tracer: Tracer | None) -> Tracer | None:

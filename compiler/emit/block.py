@@ -40,7 +40,13 @@ def emit_block(module: Module, block: Block, placed: Placed) -> list[str]:
         *symbol_lines(scope),
         *body,
         f"        return {results}",
+        *method_lines(scope),
     ]
+
+
+def method_lines(scope: Scope) -> list[str]:
+    """The further methods of a class, which its layers call."""
+    return [line for method in scope.methods.values() for line in ["", *method]]
 
 
 def constructor(scope: Scope) -> list[str]:

@@ -13,8 +13,16 @@ from torch import fx
 
 from compiler import layers
 from compiler.emit import pooling
-from compiler.emit.block import constructor, emit_block, parents, statements, symbol_lines
+from compiler.emit.block import (
+    constructor,
+    emit_block,
+    method_lines,
+    parents,
+    statements,
+    symbol_lines,
+)
 from compiler.emit.helpers import helpers
+from compiler.emit.recurrence import state_lines
 from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
 from compiler.ir import MODEL_DTYPE, tensor_type
@@ -207,6 +215,7 @@ class _Writer:
             "        inputs_embeds: torch.Tensor | None = None,",
             "    ) -> torch.Tensor | IntermediateTensors:",
             *forward,
+            *method_lines(self.body),
         ]
 
     @property
@@ -445,6 +454,7 @@ class _Writer:
             *table("packed_modules_mapping", self.packed(), 4),
             *self.embedding_modules(),
             *(pooling.class_lines(self.program) if pools else []),
+            *state_lines(m, self.program),
             "",
             '    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:',
             "        super().__init__()",

@@ -22,6 +22,7 @@ IMPORTS = {
     "Iterable": "collections.abc",
     "islice": "itertools",
     "product": "itertools",
+    "prod": "math",
     "re": "import",
     "torch": "",
     "F": "torch.nn",
@@ -37,6 +38,7 @@ IMPORTS = {
     "get_tensor_model_parallel_world_size": "vllm.distributed",
     "tensor_model_parallel_all_gather": "vllm.distributed",
     "tensor_model_parallel_all_reduce": "vllm.distributed",
+    "get_forward_context": "vllm.forward_context",
     "init_logger": "vllm.logger",
     "GeluAndMul": f"{_ROOT}.layers.activation",
     "SiluAndMul": f"{_ROOT}.layers.activation",
@@ -52,6 +54,7 @@ IMPORTS = {
     "QKVParallelLinear": f"{_ROOT}.layers.linear",
     "ReplicatedLinear": f"{_ROOT}.layers.linear",
     "RowParallelLinear": f"{_ROOT}.layers.linear",
+    "MambaBase": f"{_ROOT}.layers.mamba.abstract",
     "LogitsProcessor": f"{_ROOT}.layers.logits_processor",
     "DispatchPooler": f"{_ROOT}.layers.pooler",
     "PoolerClassify": f"{_ROOT}.layers.pooler.activations",
@@ -75,6 +78,8 @@ IMPORTS = {
     "set_weight_attrs": f"{_ROOT}.utils",
     "current_platform": "vllm.platforms",
     "IntermediateTensors": "vllm.sequence",
+    "direct_register_custom_op": "vllm.utils.torch_utils",
+    "MambaAttentionBackendEnum": "vllm.v1.attention.backends.registry",
 }
 # Names that a variable must leave as they are.
 _TAKEN = {*IMPORTS, "enumerate", "range", "self", "zip"}
@@ -145,6 +150,7 @@ class Scope:
     names: dict[fx.Node, str] = field(default_factory=dict)
     preferred: dict[fx.Node, str] = field(default_factory=dict)
     needs_dtype: bool = False
+    methods: dict[str, list[str]] = field(default_factory=dict)
     symbols: set[str] = field(default_factory=set)
     _last: dict[fx.Node, int] = field(default_factory=dict)
     _bound: dict[str, fx.Node] = field(default_factory=dict)

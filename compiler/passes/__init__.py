@@ -12,6 +12,7 @@ from compiler.ir import Program
 from compiler.passes.cancel_reshapes import cancel_reshapes
 from compiler.passes.cut_parameters import cut_parameters
 from compiler.passes.drop_gradients import drop_gradients
+from compiler.passes.drop_step_gradients import drop_step_gradients
 from compiler.passes.flatten_heads import flatten_heads
 from compiler.passes.fuse_add_rms_norm import fuse_add_rms_norm
 from compiler.passes.fuse_bias import fuse_bias
@@ -23,6 +24,7 @@ from compiler.passes.lower_latent_attention import lower_latent_attention
 from compiler.passes.lower_linear import lower_linear
 from compiler.passes.lower_vocab import lower_vocab
 from compiler.passes.silu_and_mul import silu_and_mul
+from compiler.recurrence import recurrence
 from compiler.rewrite import ProgramPass, on_blocks
 from compiler.rules import vocab_embed
 from compiler.rules.mixture import experts_of_rank
@@ -32,6 +34,7 @@ from funcmodels import ops
 PIPELINE: tuple[ProgramPass, ...] = (
     on_blocks(drop_gradients, torch.detach, *collectives.ALL),
     on_blocks(cut_parameters, collectives.take_block),
+    on_blocks(drop_step_gradients, recurrence),
     on_blocks(lower_linear, torch.einsum, torch.matmul, F.linear),
     on_blocks(lower_experts, ops.experts, experts_of_rank),
     on_blocks(lower_latent_attention, ops.latent_attention),

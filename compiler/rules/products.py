@@ -114,3 +114,15 @@ def linear(view: View) -> Decision | None:
         Shard(0, found.output.units, found.output.axis) if cut else REPLICATE  # type: ignore[union-attr]
     )
     return found
+
+
+@rule(torch.linalg.solve_triangular)
+def solve(view: View) -> Decision | None:
+    """A system of each batch by itself: cut where both sides are, or where the matrix is."""
+    A, B = view.node.args[:2]
+    assert isinstance(A, fx.Node) and isinstance(B, fx.Node)
+    rank = len(view.type(B).shape)
+    at = next((p for p in (view.whole(B), view.whole(A)) if isinstance(p, Shard)), REPLICATE)
+    if len(view.type(A).shape) != rank or (isinstance(at, Shard) and at.dim >= rank - 2):
+        return None
+    return Decision({A: at, B: at}, at)

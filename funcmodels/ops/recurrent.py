@@ -11,12 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from funcmodels import tree
+from funcmodels.block import tracer
 from funcmodels.ops.recurrent_check import (
     batch_dims_of,
     check_chunk,
     check_closure,
     check_state,
-    refuse_tracing,
 )
 from funcmodels.ops.recurrent_layout import Layout
 from funcmodels.state import State
@@ -59,15 +59,25 @@ def recurrent(
     Raises:
         ShapeError: leaves of xs that do not have one (*batch, seq), a step that changes the state's
             names, shapes or dtypes.
-        TraceError: a step that uses a tensor which is not an argument; a model being compiled.
+        TraceError: a step that uses a tensor which is not an argument.
     """
-    refuse_tracing(step)
     for fn in (step, chunked):
         if fn is not None:
             check_closure(fn)
+    if (recorder := tracer()) is not None:
+        return recorder.call_recurrence(
+            step=step,
+            state=state,
+            xs=xs,
+            params=params,
+            chunked=chunked,
+            chunk=chunk,
+            segment_ids=segment_ids,
+        )
     dims = batch_dims_of(step, state, xs, segment_ids, params)
     step, chunked = given(step, params), chunked and given(chunked, params)
     carry = initial(state, xs, dims)
+    chunk = min(chunk, tree.leaves(xs)[0].shape[dims])
     if chunked is None:
         starts = None if segment_ids is None else starts_of(segment_ids)
         return by_token(step, state, carry, xs, dims, starts)[1]

@@ -12,27 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from funcmodels import tree
-from funcmodels.block import is_traced
 from funcmodels.errors import ShapeError, TraceError
 from funcmodels.source import SourceLine, users_line
 from funcmodels.state import State
 
 PRIMES = (1009, 1013, 1019)  # batch sizes that no other dim has
-
-
-def refuse_tracing(step: Callable) -> None:
-    """No compiled layer keeps a recurrent state yet.
-
-    Raises:
-        TraceError: a model is being compiled.
-    """
-    if is_traced():
-        raise TraceError(
-            f"the recurrence {_name(step)} cannot be compiled",
-            need="a model without ops.recurrent: no compiled layer keeps its state yet",
-            from_=users_line(),
-            fix="train with model.forward; serve it from a class written by hand",
-        )
 
 
 def batch_dims_of(
@@ -95,6 +79,16 @@ def _on_meta(step: Callable, state: State, xs: Any, dims: int, params: Any) -> t
     before = state.initial(batch, torch.device("meta"))
     shared = () if params is None else (tree.map(empty, params),)
     result = step(dict(before), x, *shared)
+    check_pair(step, result)
+    return before, result[0]
+
+
+def check_pair(step: Callable, result: Any) -> None:
+    """A step returns a state and something else.
+
+    Raises:
+        ShapeError: it returns no pair.
+    """
     if not isinstance(result, tuple) or len(result) != 2:
         raise ShapeError(
             f"{_name(step)} returns no pair",
@@ -103,7 +97,6 @@ def _on_meta(step: Callable, state: State, xs: Any, dims: int, params: Any) -> t
             from_=_line(step),
             fix="return {...}, y",
         )
-    return before, result[0]
 
 
 def _cannot_tell(step: Callable, xs: Any, fits: list[int]) -> NoReturn:

@@ -12,6 +12,8 @@ from funcmodels.errors import ShapeError
 from funcmodels.ops.recurrent import recurrent
 from funcmodels.state import state
 
+CHUNK = 4096
+
 
 def short_conv(
     x: Float[Tensor, "*batch seq channels"],
@@ -41,9 +43,8 @@ def short_conv(
     channels, width = weight.shape
     window = state(x="channels window", dtype=x.dtype, channels=channels, window=width - 1)
     params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    seq = x.shape[-2]
     return recurrent(
-        step, window, x, params=params, chunked=chunked, chunk=seq, segment_ids=segment_ids
+        step, window, x, params=params, chunked=chunked, chunk=CHUNK, segment_ids=segment_ids
     )
 
 

@@ -22,8 +22,18 @@ from compiler.trace import trace
 from funcmodels import ops
 from tests.compiler.programs import allowed, check_on_ranks, inputs_of, small, weights_of
 
-SIZES = {"a": 12, "b": 4, "c": 6, "d": 2, "e": 24, "one": 1, "heads": 12, "kv": 3, "hd": 4,
-         "cols": 48}
+SIZES = {
+    "a": 12,
+    "b": 4,
+    "c": 6,
+    "d": 2,
+    "e": 24,
+    "one": 1,
+    "heads": 12,
+    "kv": 3,
+    "hd": 4,
+    "cols": 48,
+}
 P = fm.axes(**SIZES)
 
 

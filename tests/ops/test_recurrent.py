@@ -188,21 +188,6 @@ def test_declarations():
         fm.state(S="heads", dtype={"T": torch.float32}, heads=2)
 
 
-def test_a_compiled_model_is_refused():
-    P = fm.axes(vocab=8, hidden=3)
-
-    def forward(params, tokens, positions, segment_ids=None):
-        x = ops.embed(tokens, params["embed"])
-        x = ops.recurrent(leaky, STATE, x.double(), segment_ids=segment_ids)
-        return ops.unembed(x.float(), params["embed"])
-
-    model = fm.Model(
-        "Recurrent", config={}, params={"embed": P("vocab hidden")}, forward=forward, sharding={}
-    )
-    with pytest.raises(TraceError, match="leaky cannot be compiled"):
-        fm.trace(model)
-
-
 # --- fm.check_recurrence -------------------------------------------------------------------------
 
 

@@ -1,0 +1,156 @@
+"""A recurrence on one rank: its step and its chunked form, cut as their operands are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from compiler import collectives
+from compiler.ir import Block
+from compiler.placement import REPLICATE, Partial, Placement, Shard
+from compiler.recurrence import Recurrence, moved, recurrence, slot_placement
+from compiler.rules import TOKENS
+from funcmodels.errors import LoweringError
+from funcmodels.state import Slot
+
+if TYPE_CHECKING:
+    from compiler.partition import _BlockPartitioner, _Partitioner
+
+# How often a recurrence is tried with the placements that its step has left its state in.
+_ROUNDS = 3
+
+
+def cut_recurrence(part: _BlockPartitioner, node: fx.Node) -> None:
+    """Put the local node of a recurrence, or, where it cannot be cut, one of whole values.
+
+    Raises:
+        LoweringError: cut by tokens, a step that does not treat each sequence by itself; sequence
+            parallelism.
+    """
+    found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+    if part.axis == TOKENS:
+        _by_tokens(part, node, found)
+        return
+    if part.whole.sequence:
+        raise LoweringError(
+            f"the recurrence {found.step.name} cannot be cut over the sequence",
+            need="a program without sequence parallelism",
+            from_=node.meta["where"],
+            fix="sequence_parallel=False",
+        )
+    xs: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    params: Sequence[fx.Node] = node.args[1]  # type: ignore[assignment]
+    at: dict[fx.Node, Placement] = {
+        n: REPLICATE if isinstance(part.at[n], Partial) else part.at[n] for n in (*xs, *params)
+    }
+    table = part.whole.source.model.table
+    declared = tuple(slot_placement(slot, table, part.axis) for _, slot in found.slots)
+    alike = tuple(_as_one_of(slot, at) for _, slot in found.slots)
+
+    def cut(state: tuple[Placement, ...]) -> tuple[Recurrence, tuple[Placement, ...]] | None:
+        lie = (tuple(at[n] for n in nodes) for nodes in (xs, params))
+        return _local(part.whole, found, state, *lie)
+
+    local = cut(declared) or cut(alike)
+    if local is None:
+        part.whole.note_gather(part.source, node)
+        at = dict.fromkeys(at, REPLICATE)
+        local = cut((REPLICATE,) * len(declared))
+        assert local is not None, "a recurrence of whole values needs nothing of other ranks"
+    made, results = local
+    if isinstance(node.args[2], fx.Node):
+        at[node.args[2]] = part.at[node.args[2]]
+    args = map_arg(node.args, lambda old: part._as(old, at[old], node))
+    _put(part, node, args, made, results)
+
+
+def _as_one_of(slot: Slot, at: dict[fx.Node, Placement]) -> Placement:
+    """The cut of an operand, of a state that has a dim of the size that is cut there.
+
+    A guess to be tried, where the table does not know the state's axes: what is begun with one
+    value everywhere may be cut in any way that its step keeps.
+    """
+    for x, cut in at.items():
+        if isinstance(cut, Shard):
+            size = x.meta["type"].shape[cut.dim]
+            if size in slot.shape:
+                return Shard(slot.shape.index(size), cut.units, cut.axis)
+    return REPLICATE
+
+
+def _local(
+    whole: _Partitioner,
+    found: Recurrence,
+    state: tuple[Placement, ...],
+    xs: tuple[Placement, ...],
+    params: tuple[Placement, ...],
+) -> tuple[Recurrence, tuple[Placement, ...]] | None:
+    """A recurrence on one rank, and where its results lie.
+
+    A state that its step leaves otherwise than it was is begun as the step leaves it. None where
+    that does not end, or where a step would need something of other ranks.
+    """
+    for _ in range(_ROUNDS):
+        before = dict(whole.done), dict(whole.needs), len(whole.gathered)
+        local: list[Block] = []
+        after, results = state, ()
+        for block in filter(None, (found.step, found.chunked)):
+            lead, seq = found.lead(block), found.seq_dims if block is found.step else 0
+            given = [*(moved(at, lead) for at in state), *(moved(at, -seq) for at in xs), *params]
+            made, out = whole.block(block, tuple(given))
+            local.append(made)
+            after = tuple(moved(at, -lead) for at in out[: len(state)])
+            results = tuple(moved(at, seq) for at in out[len(state) :])
+            if after != state:
+                break
+        speaks = len(whole.gathered) > before[2] or any(map(_speaks, local))
+        if after == state and not speaks:
+            for at in state:
+                if isinstance(at, Shard):
+                    where = found.state.where
+                    whole.need(at.axis, at.units, True, "a recurrent state is sharded", where)
+            step, chunked = (*local, None)[:2]
+            assert step is not None
+            return replace(found, step=step, chunked=chunked, placements=state), results
+        whole.done, whole.needs = before[0], before[1]
+        del whole.gathered[before[2] :]
+        if speaks:
+            return None
+        state = after
+    return None
+
+
+def _by_tokens(part: _BlockPartitioner, node: fx.Node, found: Recurrence) -> None:
+    """The engine keeps a state for each request: a step must treat each sequence by itself."""
+    by_token = Shard(0, 2, TOKENS)
+    xs: Any = node.args[0]
+    params: Any = node.args[1]
+    count = len(found.slots) + len(xs)
+    made, results = part.whole.block(found.step, ((by_token,) * count + (REPLICATE,) * len(params)))
+    if any(at != by_token for at in results) or _speaks(made):
+        raise LoweringError(
+            f"the step {found.step.name} makes sequences depend on each other",
+            got="in the engine, its leading dim holds one token of each of many requests",
+            need="a step of each sequence by itself",
+            from_=node.meta["where"],
+            fix="reduce over the dims of a token alone, which are the last ones",
+        )
+    args = map_arg(node.args, lambda old: part.env[old])
+    _put(part, node, args, found, results[len(found.slots) :])
+
+
+def _put(part: _BlockPartitioner, node: fx.Node, args: Any, made: Recurrence, at: Any) -> None:
+    kwargs = {"recurrence": made}
+    part._put(
+        node, part.graph.create_node("call_function", recurrence, args, kwargs, node.name), at
+    )
+
+
+def _speaks(block: Block) -> bool:
+    """Whether a block sends something to other ranks."""
+    speaking = set(collectives.ALL) - {collectives.vary, collectives.replica_sum}
+    return any(node.target in speaking for node in block.graph.nodes)

@@ -1,0 +1,138 @@
+"""A recurrence as source text: a layer that keeps its state, and methods that are its step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from compiler.emit.block import statements
+from compiler.emit.layers import Layer, builds, prefix_of
+from compiler.emit.scope import Module, Scope
+from compiler.emit.text import call, kwargs, literal
+from compiler.ir import MODEL_DTYPE, Block, LocalSize
+from compiler.modules import Placed
+from compiler.needs import Exact
+from compiler.partition import Partitioned
+from compiler.placement import Shard
+from compiler.recurrence import Recurrence, recurrence
+
+
+@builds(recurrence)
+def _recurrence(scope: Scope, node: fx.Node, attr: str) -> Layer:
+    found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+    xs: Any = node.args[0]
+    params: Any = node.args[1]
+    methods = {"step": found.step} | ({"chunked": found.chunked} if found.chunked else {})
+    for name, block in methods.items():
+        scope.methods[f"{attr}_{name}"] = _method(scope, f"{attr}_{name}", found, block)
+    state = [
+        f"({_shape(scope, slot.shape, at)}, {_dtype(scope, slot.dtype)}, {literal(slot.init)})"
+        for (_, slot), at in zip(found.slots, found.placements, strict=True)
+    ]
+    results = found.step.results[len(found.slots) :]
+    outputs = [
+        f"({_shape(scope, r.meta['type'].shape[1:], r.meta['placement'], 1)}, "
+        f"{_dtype(scope, r.meta['type'].dtype)})"
+        for r in results
+    ]
+    settings = {
+        **{name: f"self.{attr}_{name}" for name in methods},
+        "state": f"[{', '.join(state)}]",
+        "results": f"[{', '.join(outputs)}]",
+        "chunk": str(found.chunk) if found.chunked else None,
+        "vllm_config": "vllm_config",
+        "prefix": prefix_of(attr),
+    }
+    given = [", ".join(scope.value(n) for n in nodes) for nodes in (xs, params)]
+    one = "({},)" if len(results) == 1 else ""
+    text = f"{{}}([{given[0]}], [{given[1]}])"
+    return Layer(scope.module.help("Recurrent"), kwargs(settings), text, one)
+
+
+def _method(scope: Scope, name: str, found: Recurrence, block: Block) -> list[str]:
+    """A step as a method of the class whose layer runs it: it may read the class's local sizes."""
+    inner = Scope(scope.module, block, Placed(), local=scope.local)
+    inputs = [inner.bind(node) for node in block.inputs]
+    body = statements(inner, [n for n in block.graph.nodes if n.op != "output"], 8)
+    results = ", ".join(inner.value(r) for r in block.results)
+    scope.needs_dtype |= inner.needs_dtype
+    scope.module.use("torch")
+    x = inputs[len(found.slots)]
+    count = [f"        num_tokens = {x}.shape[0]"] if inner.symbols else []
+    arguments = ["self", *(f"{n}: torch.Tensor" for n in inputs)]
+    return [
+        *call(f"def {name}", arguments, 4, " -> tuple[torch.Tensor, ...]:"),
+        *count,
+        *body,
+        f"        return {results}",
+    ]
+
+
+def _shape(scope: Scope, shape: Any, at: Any, lead: int = 0) -> str:
+    """A shape on one rank, `lead` dims of the placed value left out before it."""
+    sizes = [str(n) for n in shape]
+    if isinstance(at, Shard):
+        dim = at.dim - lead
+        sizes[dim] = scope.local_size(LocalSize(at.units, shape[dim] // at.units, at.axis, "tp"))
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _dtype(scope: Scope, dtype: Any) -> str:
+    if dtype is MODEL_DTYPE:
+        return "vllm_config.model_config.dtype"
+    scope.module.use("torch")
+    return literal(dtype)
+
+
+def state_lines(module: Module, program: Partitioned) -> list[str]:
+    """The methods by which vLLM asks how large the states of a model's layers are."""
+    kinds = {
+        _kind(program, node)
+        for block in program.all()
+        for node in block.graph.nodes
+        if node.target is recurrence
+    }
+    if not kinds:
+        return []
+    for name in ("VllmConfig", "torch"):
+        module.use(name)
+    rows = [f"            ({shapes}, {dtypes})," for shapes, dtypes in sorted(kinds)]
+    return [
+        "",
+        "    is_hybrid = True",
+        "    has_inner_state = True",
+        "",
+        "    @classmethod",
+        "    def recurrent_states(cls, vllm_config: VllmConfig) -> list:",
+        '        """Shapes and dtypes of the states of each kind of layer, on one rank."""',
+        "        tp_size = vllm_config.parallel_config.tensor_parallel_size",
+        "        return [",
+        *rows,
+        "        ]",
+        "",
+        "    @classmethod",
+        "    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple:",
+        f"        return {module.help('largest_state')}(cls.recurrent_states(vllm_config))[0]",
+        "",
+        "    @classmethod",
+        "    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple:",
+        "        return largest_state(cls.recurrent_states(vllm_config))[1]",
+    ]
+
+
+def _kind(program: Partitioned, node: fx.Node) -> tuple[str, str]:
+    found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+    exact = Exact(program.needs)
+    shapes = []
+    for (_, slot), at in zip(found.slots, found.placements, strict=True):
+        sizes = [str(n) for n in slot.shape]
+        if isinstance(at, Shard):
+            assert exact.divides(at.axis, at.units)
+            sizes[at.dim] = f"{slot.shape[at.dim]} // tp_size"
+        shapes.append(f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})")
+    dtypes = [
+        "vllm_config.model_config.dtype" if slot.dtype is MODEL_DTYPE else str(slot.dtype)
+        for _, slot in found.slots
+    ]
+    return tuple(f"({', '.join(x)}{',' if len(x) == 1 else ''})" for x in (shapes, dtypes))  # type: ignore[return-value]

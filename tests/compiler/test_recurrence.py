@@ -1,0 +1,113 @@
+"""Recurrences in the compiler: recorded once, cut over ranks, and refused where a line is wrong."""
+
+import pytest
+import torch
+from einops import einsum
+
+import funcmodels as fm
+from compiler.comm import Simulated
+from compiler.evaluate import local_weights, run
+from compiler.partition import check_tokens_apart, partition
+from compiler.recurrence import recurrence
+from compiler.trace import trace
+from funcmodels import ops
+from funcmodels.errors import LoweringError, TraceError
+from tests.engine.recurrences import recurrent_model
+
+KINDS = ["linear", "delta", "own", "conv"]
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_partitioned_equals_the_function(kind, batched, segments):
+    model = recurrent_model(kind)
+    weights = fm.init(model, seed=0, dtype=torch.float64)
+    program = trace(model, batched=batched, segments=segments)
+    shape = (2, 75) if batched else (75,)
+    tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(75).expand(shape)
+    ids = (positions // 20) if segments else None
+    want = model.forward(weights, tokens, positions, ids)
+    local = partition(program)
+    assert not local.gathered
+    for tp in (1, 2, 4):
+        comm = Simulated(tp)
+        parts = local_weights(local, weights, comm)
+        for logits in run(local, parts, tokens, positions, comm, segment_ids=ids):
+            torch.testing.assert_close(logits, want, rtol=0, atol=2e-6)  # states are float32
+
+
+def test_a_block_is_recorded_once():
+    program = trace(recurrent_model("delta", "delta", "delta"))
+    nodes = [n for b in program.all() for n in b.graph.nodes if n.target is recurrence]
+    assert len(nodes) == 1
+
+
+P = fm.axes(vocab=16, hidden=8, heads=2, value=4)
+
+
+def model_of(step, sharding=("heads",)):
+    """A model of one recurrence over (heads, value)."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        v = einsum(x, params["v"], "... e, h d e -> ... h d")
+        state = fm.state(S="heads value", dtype=v.dtype, heads=2, value=4)
+        y = ops.recurrent(step, state, v, segment_ids=segment_ids)
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    params = {
+        "embed": P("vocab hidden"),
+        "v": P("heads value hidden"),
+        "o": P("hidden heads value"),
+    }
+    table = dict.fromkeys(sharding, "tp")
+    return fm.Model("Step", config={}, params=params, forward=forward, sharding=table)
+
+
+def over_heads(state, x):
+    """A step that mixes heads: it cannot be cut by them."""
+    S = state["S"] + x - x.mean(-2, keepdim=True)
+    return {"S": S}, S
+
+
+def test_a_step_that_mixes_heads_is_gathered():
+    model = model_of(over_heads)
+    local = partition(trace(model))
+    assert [g.operation for g in local.gathered] == ["recurrence"]
+    weights = fm.init(model, seed=0)
+    tokens, positions = torch.arange(12), torch.arange(12)
+    want = model.forward(weights, tokens, positions)
+    comm = Simulated(2)
+    for logits in run(local, local_weights(local, weights, comm), tokens, positions, comm):
+        torch.testing.assert_close(logits, want)
+    with pytest.raises(LoweringError, match="no sharding rule for recurrence"):
+        partition(trace(model), strict=True)
+
+
+def across_sequences(state, x):
+    S = state["S"] + x - x.mean(0, keepdim=True)
+    return {"S": S}, S
+
+
+def test_a_step_that_mixes_sequences_is_refused():
+    with pytest.raises(LoweringError, match="across_sequences makes sequences depend") as error:
+        check_tokens_apart(trace(model_of(across_sequences)))
+    assert "test_recurrence.py" in str(error.value)
+
+
+def test_an_x_that_is_not_of_tokens_is_refused():
+    def step(state, x):
+        return {"S": state["S"] + x["v"] * x["w"]}, state["S"]
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        state = fm.state(S="hidden", dtype=x.dtype, hidden=8)
+        y = ops.recurrent(step, state, {"v": x, "w": params["w"]})
+        return ops.unembed(y, params["embed"])
+
+    params = {"embed": P("vocab hidden"), "w": P("hidden")}
+    model = fm.Model("Step", config={}, params=params, forward=forward, sharding={})
+    with pytest.raises(TraceError, match=r"has an x that is not of the model's tokens"):
+        trace(model)

@@ -1,0 +1,130 @@
+"""Models whose layers keep a recurrent state: one of their own, ready-made ones, attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+
+import funcmodels as fm
+from funcmodels import ops
+
+P = fm.axes(
+    vocab=256, hidden=64, heads=4, kv_heads=2, head_dim=32, key=8, value=16, inner=64, width=4
+)
+
+
+def leaky_step(state, x):
+    """A running mean and a running maximum of each head's values, with a learned decay."""
+    mean = x["keep"][..., None] * state["mean"] + (1 - x["keep"])[..., None] * x["v"]
+    top = torch.maximum(state["top"] * 0.9, x["v"])
+    return {"mean": mean, "top": top}, mean + 0.1 * top
+
+
+def linear_params():
+    return {
+        "norm": P("hidden", init="ones"),
+        "q": P("heads key hidden"),
+        "k": P("heads key hidden"),
+        "v": P("heads value hidden"),
+        "g": P("heads hidden"),
+        "beta": P("heads hidden"),
+        "o": P("hidden heads value"),
+    }
+
+
+@fm.block
+def linear(p, x, segment_ids, kind):
+    h = ops.rms_norm(x, p["norm"], eps=1e-6)
+    q, k, v = (einsum(h, p[name], "... e, h d e -> ... h d") for name in "qkv")
+    g = F.logsigmoid(einsum(h, p["g"], "... e, h e -> ... h").float())
+    if kind == "delta":
+        beta = einsum(h, p["beta"], "... e, h e -> ... h").float().sigmoid()
+        k = F.normalize(k.float(), dim=-1)
+        y = ops.gated_delta_rule(q, k, v, g, beta, segment_ids=segment_ids)
+    elif kind == "linear":
+        y = ops.gated_linear_attention(q, k, v, g, segment_ids=segment_ids)
+    else:
+        state = fm.state(
+            mean="heads value", top="heads value", dtype=torch.float32,
+            init={"mean": 0.0, "top": -1.0}, heads=P.sizes["heads"], value=P.sizes["value"],
+        )  # fmt: skip
+        xs = {"keep": g.exp(), "v": v.float()}
+        y = ops.recurrent(leaky_step, state, xs, segment_ids=segment_ids).to(x.dtype)
+    return x + einsum(y, p["o"], "... h d, e h d -> ... e")
+
+
+def conv_params():
+    return {
+        "norm": P("hidden", init="ones"),
+        "in": P("inner hidden"),
+        "gate": P("inner hidden"),
+        "conv": P("inner width"),
+        "out": P("hidden inner"),
+    }
+
+
+@fm.block
+def conv(p, x, segment_ids):
+    h = ops.rms_norm(x, p["norm"], eps=1e-6)
+    u = einsum(h, p["in"], "... e, f e -> ... f")
+    gate = einsum(h, p["gate"], "... e, f e -> ... f")
+    u = ops.short_conv(u, p["conv"], segment_ids=segment_ids)
+    return x + einsum(F.silu(gate) * u, p["out"], "... f, e f -> ... e")
+
+
+def attention_params():
+    return {
+        "norm": P("hidden", init="ones"),
+        "q": P("heads head_dim hidden"),
+        "k": P("kv_heads head_dim hidden"),
+        "v": P("kv_heads head_dim hidden"),
+        "o": P("hidden heads head_dim"),
+    }
+
+
+@fm.block
+def attention(p, x, positions, segment_ids):
+    h = ops.rms_norm(x, p["norm"], eps=1e-6)
+    q, k, v = (einsum(h, p[name], "... e, h d e -> ... h d") for name in "qkv")
+    q, k = ops.rope(q, k, positions, theta=1e4)
+    o = ops.attention(q, k, v, segment_ids=segment_ids)
+    return x + einsum(o, p["o"], "... h d, e h d -> ... e")
+
+
+CUT = {"attention": ["heads", "kv_heads"], "conv": ["inner"]}
+PARAMS = {"attention": attention_params, "conv": conv_params}
+
+
+def recurrent_model(*kinds: str) -> fm.Model:
+    """A model of one layer of each kind: attention, conv, linear, delta or own."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        for p, kind in zip(params["layers"], kinds, strict=True):
+            if kind == "attention":
+                x = attention(p, x, positions, segment_ids)
+            elif kind == "conv":
+                x = conv(p, x, segment_ids)
+            else:
+                x = linear(p, x, segment_ids, kind)
+        return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-6), params["embed"])
+
+    return fm.Model(
+        "Recurrent" + "".join(kind.title() for kind in kinds) + "ForCausalLM",
+        config={
+            "max_position_embeddings": 512,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+        },
+        params={
+            "embed": P("vocab hidden"),
+            "layers": [PARAMS.get(kind, linear_params)() for kind in kinds],
+            "norm": P("hidden", init="ones"),
+        },
+        forward=forward,
+        sharding=dict.fromkeys(
+            ("vocab", *(a for kind in kinds for a in CUT.get(kind, ["heads"]))), "tp"
+        ),
+    )
