@@ -186,7 +186,8 @@ class _Run:
     def _recurrence(self, node: fx.Node, env: dict[fx.Node, list[Any]]) -> list[Any]:
         """Its step or its chunked form, on all ranks in lock step."""
         found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
-        xs, params, segment_ids = map_arg(node.args, lambda n: env[n])
+        given: Any = map_arg(node.args, lambda n: env[n])
+        xs, params, segment_ids = given
         ids = None if segment_ids is None else segment_ids[0]
         results = run_recurrence(self, found, list(xs), list(params), ids)
         return list(zip(*results, strict=True))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -167,7 +167,7 @@ class _Writer:
         names_from: list[list[str]] = [[], []]  # each for the standard library, and for others
         for source in sorted(by_source):
             names = sorted(by_source[source])
-            others = source not in ("import", "collections.abc", "itertools")
+            others = source not in ("import", "collections.abc", "itertools", "math", "typing")
             if source == "import":
                 plain[0] += [f"import {name}" for name in names]
             elif source == "":

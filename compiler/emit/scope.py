@@ -18,6 +18,7 @@ from compiler.needs import Exact
 _ROOT = "vllm.model_executor"
 # Where each name that emitted source may use comes from.
 IMPORTS = {
+    "Any": "typing",
     "Callable": "collections.abc",
     "Iterable": "collections.abc",
     "islice": "itertools",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from compiler.ir import Block
 from compiler.passes.drop_gradients import drop_gradients
@@ -18,5 +19,6 @@ def drop_step_gradients(block: Block) -> Block:
             inner and drop_gradients(copy_block(inner)) for inner in (found.step, found.chunked)
         )
         assert step is not None
-        node.kwargs = {**node.kwargs, "recurrence": replace(found, step=step, chunked=chunked)}
+        made: Any = replace(found, step=step, chunked=chunked)
+        node.kwargs = {**node.kwargs, "recurrence": made}
     return block

@@ -91,6 +91,12 @@ def weighted(value: Tensor, leading: int) -> Tensor:
     return total.sum(dims).unsqueeze(-1) if leading else total.sum()
 
 
+def system(x: Tensor) -> Tensor:
+    """Square matrices that can be inverted, (..., n, n) of (..., n, m)."""
+    n = x.shape[-2]
+    return (x @ x.transpose(-1, -2)).tril(-1) + torch.eye(n)
+
+
 def row(name: str, fn: Callable[..., Any], *tensors: str, **settings: Any) -> Row:
     return Row(name, fn, tensors, **settings)
 
@@ -235,6 +241,7 @@ ROWS = [
     row("repeat_interleave", lambda x: x.repeat_interleave(4, dim=0), "a/tp b"),
     row("repeat kv heads", lambda k, q: k.repeat_interleave(4, dim=0) * q, "kv/tp hd", "heads hd", parts=(1, 3)),
     row("tril", lambda x: x.tril() + x.triu(1), "a/tp b c"),
+    row("solve_triangular", lambda A, B: torch.linalg.solve_triangular(system(A), B, upper=False), "a/tp b c", "a/tp b d"),
     row("tril of the cut", lambda x: x.tril(), "a/tp b", gathers=True),
     row("pad", lambda x: F.pad(x, (1, 2)), "a/tp b"),
     row("pad the cut", lambda x: F.pad(x, (0, 0, 1, 0)), "a/tp b", gathers=True),

@@ -11,10 +11,8 @@ from tests.engine.tiny import check, expected, register, saved, serve_model
 
 MODELS = {
     "linear": ("linear",),
-    "delta": ("delta", "delta"),
-    "own": ("own",),
+    "own": ("own", "own"),
     "conv": ("conv", "conv"),
-    "with attention": ("linear", "attention"),
     "of all kinds": ("conv", "delta", "attention", "own"),
 }
 OPTIONS = {"enable_prefix_caching": False}
