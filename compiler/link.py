@@ -8,7 +8,7 @@ the speed of the user's own function, and torch.compile sees nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from compiler import collectives
-from compiler.comm import Processes
+from compiler.comm import Processes, Simulated
 from compiler.evaluate import GROUP_FUNCTIONS, RANK_FUNCTIONS
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.names import identifier
+from compiler.recurrence import Recurrence, recurrence
 from compiler.rules import LocalValues
+from compiler.run_recurrence import run_recurrence
 
 Function = Callable[..., Any]
 
@@ -59,6 +61,31 @@ class Linker:
     def function(self, block: Block) -> Function:
         """A block as `f(*sizes, *inputs, *params)`, with its parameters in their order."""
         return _BlockLinker(self, block).run()
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What runs the blocks of a recurrence on this rank: a list of one value for each input."""
+
+    setting: Setting
+    functions: dict[str, Function]
+    sizes: dict[str, int]
+
+    @property
+    def comm(self) -> Any:
+        return self.setting.comm or Simulated(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.setting.dtype
+
+    def block(self, block: Block, weights: Any, inputs: list[list[Any]]) -> list[list[Tensor]]:
+        sizes = [self.sizes.get(name, 0) for name in self.setting.symbols]  # a step has no seq
+        out = self.functions[block.name](*sizes, *(value for (value,) in inputs))
+        return [[value] for value in out]
+
+    def with_sizes(self, sizes: dict[str, int]) -> _Alone:
+        return replace(self, sizes=sizes)
 
 
 class _BlockLinker:
@@ -103,12 +130,26 @@ class _BlockLinker:
             x, *args = node.args
             run = _collective(self.setting.comm, node.target, tuple(args[:-1]))
             return self.graph.call_function(run, (self._value(x),))
+        if node.target is recurrence:
+            return self.graph.call_function(self._recurrence(node), self._values(node.args))
         kwargs = dict(node.kwargs)
         if is_factory(node):
             kwargs["device"] = self.setting.device
         return self.graph.call_function(
             self._on_rank(node.target), self._values(node.args), self._values(kwargs)
         )
+
+    def _recurrence(self, node: fx.Node) -> Function:
+        """A recurrence of this rank, of (xs, params, segment_ids)."""
+        found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+        blocks = [b for b in (found.step, found.chunked) if b is not None]
+        alone = _Alone(self.setting, {b.name: self.linker.function(b) for b in blocks}, {})
+
+        def run(xs: Any, params: Any, segment_ids: Tensor | None) -> tuple[Tensor, ...]:
+            of_rank, shared = ([[t] for t in tensors] for tensors in (xs, params))
+            return tuple(y for (y,) in run_recurrence(alone, found, of_rank, shared, segment_ids))
+
+        return _named(run, "recurrence")
 
     def _on_rank(self, target: Any) -> Function:
         """A function, with the rank and its collectives where it asks for them."""

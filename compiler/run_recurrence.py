@@ -20,8 +20,11 @@ from funcmodels.state import Slot, State
 class Evaluator(Protocol):
     """What runs blocks: a list of one value a rank for each input and result."""
 
-    comm: Comm
-    dtype: torch.dtype
+    @property
+    def comm(self) -> Comm: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def block(self, block: Block, weights: Any, inputs: list[list[Any]]) -> list[list[Tensor]]: ...
 

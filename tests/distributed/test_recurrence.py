@@ -1,0 +1,41 @@
+"""A recurrent model on two ranks equals the same on one: results and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import funcmodels as fm
+from tests.distributed.ranks import mesh_of, on_ranks
+from tests.engine.recurrences import recurrent_model
+
+MESHES = ("dp", "fsdp", "tp")
+
+
+def results(mesh: Any) -> dict[str, torch.Tensor]:
+    """Logits of packed rows, and the gradients of their sum of squares, whole."""
+    model = recurrent_model("conv", "delta", "own")
+    module = fm.compile_to_torch(model, mesh).reset(seed=0)
+    tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(40).expand(2, 40)
+    logits = module(tokens, positions, positions // 16)
+    logits.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+def on_meshes() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: results(mesh_of(**{name: 2})) for name in MESHES}
+
+
+@pytest.mark.slow
+def test_two_ranks():
+    alone = results(None)
+    for rank in on_ranks(2, on_meshes):
+        for name, found in rank.items():
+            torch.testing.assert_close(found["logits"], alone["logits"], rtol=0, atol=1e-4)
+            norm = "layers.1.norm"  # whole on each rank of tp
+            if name == "tp":
+                torch.testing.assert_close(found[norm], alone[norm], rtol=1e-4, atol=1e-4)
