@@ -1,6 +1,6 @@
 """Training from nothing to a served model: bytes of a text, AdamW and Muon, checkpoints, a folder.
 
-    python -m examples.train [--steps 300] [--out examples/out/train]
+    python -m examples.train [--steps 60] [--out examples/out/train]
 
 Stop it with Ctrl-C, or kill it, and start it again: it goes on where it was, and ends with the same
 weights. `funcmodels generate` and vLLM read the folder that it writes.
@@ -47,7 +47,7 @@ def mean_loss(model: fm.Model, weights: Any, rows: dict[str, Tensor]) -> float:
 
 
 def main(
-    steps: int = 300, out: Annotated[Path, typer.Option()] = Path("examples/out/train")
+    steps: int = 60, out: Annotated[Path, typer.Option()] = Path("examples/out/train")
 ) -> None:
     console = Console()
     model = llama.model(llama.Config.from_hf(CONFIG))

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcmodels import tree
 from funcmodels.errors import TrainingError
 from funcmodels.finite import first_not_finite, is_finite
-from funcmodels.loss import entries, loss
+from funcmodels.loss import loss
 from funcmodels.optim import Optimizer, global_norm
 from funcmodels.spec import Model
 from funcmodels.training_places import Place, is_part
@@ -69,17 +68,8 @@ def on_mesh(module: CompiledModel, optimizer: Optimizer, done: Fitted) -> Job:
 
 
 def module_loss(module: CompiledModel, weights: Any, batch: Any) -> Tensor:
-    """As `fm.loss`, over the tokens of all processes; each gives its own batch.
-
-    The logits of its tokens exist whole on each process.
-    """
-    given = entries(batch)
-    logits = module.pure(weights, given["tokens"], given["positions"], given.get("segment_ids"))
-    mask = given["loss_mask"]
-    targets = torch.where(mask != 0, given["targets"], 0)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return module.mean(each, mask.flatten().to(each.dtype))
+    """As `fm.loss`, over the tokens of all processes; each gives its own batch."""
+    return module.loss(weights, batch)
 
 
 def check(module: CompiledModel, optimizer: Optimizer) -> None:
