@@ -1,4 +1,5 @@
-"""The command line: `funcmodels inspect | explain | emit | check | generate | register | serve`.
+"""The command line: `funcmodels inspect | explain | emit | check | verify | generate | register |
+serve`.
 
 A model is named by a folder with a config.json that the zoo reads, or by the place of a `fm.Model`
 (or of a function that returns one) in Python: `my_model.py:model`, `package.module:model`.
@@ -21,6 +22,7 @@ from rich.console import Console
 
 import funcmodels as fm
 from funcmodels.atomic import write_file
+from funcmodels.config_json import config_of
 from funcmodels.errors import FuncModelsError
 
 app = typer.Typer(
@@ -157,6 +159,34 @@ def check(
 
 
 @app.command()
+def verify(
+    model: ModelName,
+    weights: Annotated[
+        Path | None, typer.Option(help="a checkpoint folder; without one, random weights")
+    ] = None,
+    tp: Ranks = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help='token ids, as "1 17 5"; may be repeated')
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of random weights and prompts")] = 0,
+) -> None:
+    """Compare the function with its served program, operation by operation; needs no engine."""
+    found = find_model(model)
+    folder = weights or (Path(model) if Path(model).is_dir() else None)
+    if folder is None:
+        values = fm.init(found, seed=seed, dtype=torch.float64)
+    else:
+        values = fm.load(found, folder, dtype=torch.float32)
+    prompts = _prompts(found, prompt, seed)
+    for ranks in tp or [1]:
+        done = fm.verify(found, values, prompts, tp=ranks)
+        print(
+            f"{done.model}: tp={ranks}, {len(done.steps)} steps equal the function "
+            f"on {sum(map(len, prompts))} tokens; logits differ by {done.difference:.1e} at most"
+        )
+
+
+@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="a checkpoint folder with its tokenizer")],
     prompt: Annotated[str, typer.Argument(help="what to continue, or to answer")],
@@ -248,6 +278,28 @@ def find_model(name: str) -> fm.Model:
             need="a fm.Model, or a function without arguments that returns one",
         )
     return found
+
+
+def _prompts(model: fm.Model, given: list[str] | None, seed: int) -> list[list[int]]:
+    """Token ids as they were given, or a few random ones.
+
+    Raises:
+        CommandError: a prompt is no list of the model's token ids.
+    """
+    vocab = config_of(model)["vocab_size"]
+    if not given:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(vocab, (n,), generator=generator).tolist() for n in (1, 12)]
+    prompts = [prompt.replace(",", " ").split() for prompt in given]
+    for words in prompts:
+        wrong = [w for w in words if not w.isdigit() or int(w) >= vocab]
+        if wrong or not words:
+            raise CommandError(
+                f"{wrong[0] if wrong else 'nothing'} is no token id",
+                need=f"whole numbers below vocab_size={vocab}",
+                fix='--prompt "1 17 5"',
+            )
+    return [[int(word) for word in words] for words in prompts]
 
 
 def _module(place: str) -> Any:

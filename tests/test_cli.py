@@ -6,13 +6,14 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import funcmodels as fm
-from compiler import cli
+from compiler import cli, layers, passes
 from examples import hello
 from tests.tiny_llama import tiny, weights_of
 
@@ -187,6 +188,35 @@ def test_register_reaches_other_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_verify(folder, capsys):
+    out = run(capsys, "verify", folder, "--prompt", "1, 5 3")
+    assert re.search(r"tp=1, \d+ steps equal the function on 3 tokens", out)
+    out = run(capsys, "verify", HELLO, "--tp", "1", "--tp", "2")
+    assert "HelloForCausalLM: tp=1, " in out
+    assert "HelloForCausalLM: tp=2, " in out
+
+
+def test_verify_names_what_differs(capsys, monkeypatch):
+    """A pass that scales what it should not is found, and ends with 1."""
+
+    def scaled(program):
+        for block in program.all():
+            for node in block.graph.nodes:
+                if node.target is layers.attention:
+                    node.kwargs = {**node.kwargs, "scale": 0.5}
+        return program
+
+    monkeypatch.setattr(passes, "PIPELINE", (*passes.PIPELINE, scaled))
+    error = fail(capsys, "verify", HELLO)
+    assert "HelloForCausalLM computes something else than its function" in error
+    assert "attention(...)" in error
+
+
+@pytest.mark.parametrize("prompt", ["1 a", "1 9999", " "])
+def test_verify_refuses_what_are_no_tokens(prompt, capsys):
+    assert "is no token id" in fail(capsys, "verify", HELLO, "--prompt", prompt)
+
+
 def test_generate_without_a_checkpoint_says_so(tmp_path, capsys):
     assert "no config.json" in fail(capsys, "generate", str(tmp_path), "Hello")
 
