@@ -40,6 +40,8 @@ ZOO = {
     "FmGemma3ForCausalLM": "funcmodels.models.gemma3",
     "Gemma3ForCausalLM": "funcmodels.models.gemma3",
     "FmQwen3ForCausalLM": "funcmodels.models.qwen3",
+    "FmGptOssForCausalLM": "funcmodels.models.gpt_oss",
+    "GptOssForCausalLM": "funcmodels.models.gpt_oss",
     "FmMixtralForCausalLM": "funcmodels.models.mixtral",
     "MixtralForCausalLM": "funcmodels.models.mixtral",
     "FmOlmoeForCausalLM": "funcmodels.models.olmoe",
