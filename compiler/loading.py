@@ -28,6 +28,7 @@ class Loading:
         stacked: part of a name -> (part of the fused name, shard), as vLLM's mapper takes it.
         layouts: pattern of names -> (einops pattern, sizes), for tensors stored in another layout.
         ignored: patterns of names to pass over.
+        prefix, prefixed: a beginning of names that may be left out, and what then comes first.
         tied: names under which a tensor may be stored again -> the tensor's own name.
         head: the tensor that is the table of embedding and unembedding in one.
         split: tensors that are stacked -> their parts, in order.
@@ -43,6 +44,8 @@ class Loading:
     stacked: Stacked = field(default_factory=dict)
     layouts: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    prefixed: tuple[str, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
     head: str | None = None
     tensors: dict[str, tuple[Indices, ...]] = field(default_factory=dict)
@@ -146,6 +149,9 @@ class Loading:
             "        return loaded",
         ]
         read = ["        weights = read_tensors(weights)"]
+        if self.prefixed:
+            arguments = f"weights, {quoted(self.prefix)}, {literal(self.prefixed)}"
+            read += [f"        weights = {module.help('with_prefix')}({arguments})"]
         if self.shared:
             read += [f"        weights = {module.help('set_apart')}(weights, SHARED, self.awaited)"]
         if self.split or self.repeated:
@@ -198,6 +204,7 @@ def loading_of(plan: Plan, model: Model) -> Loading:
             if to.layout is not None:
                 loading.layouts[of] = (to.layout, _needed(to))
     loading.experts = _patterns(plan.split)
+    loading.prefix, loading.prefixed = model.hf_prefix, tuple(sorted(model.prefixed))
     loading.ignored = (*map(_glob, model.hf_ignored), *_unused(plan, model))
     loading.tied = {name: model.tensor_maps[path].names[0] for name, path in model.hf_tied.items()}
     if plan.head is not None:

@@ -365,6 +365,12 @@ def read_tensors(weights: Iterable[tuple[str, torch.Tensor | str]]):
         yield name, weight
 
 
+def with_prefix(weights: Iterable[tuple[str, torch.Tensor]], prefix: str, firsts: tuple):
+    """The same weights; names that begin with one of `firsts` have the prefix before them."""
+    for name, weight in weights:
+        yield (prefix + name if name.partition(".")[0] in firsts else name), weight
+
+
 def set_apart(
     weights: Iterable[tuple[str, torch.Tensor]], shared: dict, awaited: set[str]
 ) -> Iterable[tuple[str, torch.Tensor]]:

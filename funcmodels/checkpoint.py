@@ -22,7 +22,7 @@ from torch import Tensor
 from funcmodels import tree
 from funcmodels.atomic import recover, replacing
 from funcmodels.checkpoint_check import check_tensors, check_weights
-from funcmodels.checkpoint_files import DTYPES, INDEX, SINGLE, stored_tensors
+from funcmodels.checkpoint_files import DTYPES, INDEX, SINGLE, Stored, stored_tensors
 from funcmodels.config_json import config_json
 from funcmodels.errors import CheckpointError
 from funcmodels.parts import stored_tensors_of
@@ -65,7 +65,7 @@ def load(
     """
     folder = Path(folder)
     recover(folder)
-    stored = stored_tensors(folder)
+    stored = _as_declared(model, stored_tensors(folder))
     check_tensors(model, stored, folder)
 
     def read(path: str, param: Param) -> Tensor:
@@ -75,12 +75,20 @@ def load(
         for index, name in enumerate(map_.names):
             # Opened for each tensor: a file kept open keeps all its pages in memory.
             with safe_open(stored[name].file, framework="pt") as file:
-                map_.fill(value, index, file.get_tensor(name))
+                map_.fill(value, index, file.get_tensor(stored[name].name))
         return value
 
     weights = tree.map_with_path(read, model.params)
     _check_tied(model, weights, stored)
     return weights
+
+
+def _as_declared(model: Model, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors on disk, with the beginning of their names that the checkpoint may leave out."""
+    return {
+        model.hf_prefix + name if name.partition(".")[0] in model.prefixed else name: tensor
+        for name, tensor in stored.items()
+    }
 
 
 def _check_tied(model: Model, weights: Any, stored: Mapping[str, Any]) -> None:
@@ -90,7 +98,7 @@ def _check_tied(model: Model, weights: Any, stored: Mapping[str, Any]) -> None:
         if name not in stored:
             continue
         with safe_open(stored[name].file, framework="pt") as file:
-            again = file.get_tensor(name)
+            again = file.get_tensor(stored[name].name)
         (kept,) = model.tensor_maps[path].from_param(values[path])
         if not torch.equal(again.to(kept), kept):
             raise CheckpointError(

@@ -27,11 +27,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk: its file, shape and safetensors type, "F32"."""
+    """One tensor on disk: its file, shape and safetensors type, "F32", and its name there."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    name: str
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -50,7 +51,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     if name in stored and weight_map.get(name) != file.name:
                         continue  # a tensor in two shards: the index says which counts
                     tensor = opened.get_slice(name)
-                    stored[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+                    shape = tuple(tensor.get_shape())
+                    stored[name] = Stored(file, shape, tensor.get_dtype(), name)
         except SafetensorError as error:
             raise _damaged(file, error) from error
     return stored

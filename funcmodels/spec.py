@@ -129,6 +129,7 @@ class Model:
         hf_config: what config.json is to hold beside `architectures`; None builds it from `config`.
         hf_architectures: further names for `architectures`, so that others can load the folder too.
         hf_ignored: names of checkpoint tensors to pass over, with `*` for anything.
+        hf_prefix: a beginning of tensor names that a checkpoint may leave out, as "transformer.".
         hf_tied: names under which a checkpoint may store a parameter again -> its path. Where one
             is stored, it must be equal: a checkpoint whose weights are not tied is refused.
         task: what forward's result is for. "generate": logits of the next token. "embed" and
@@ -150,6 +151,7 @@ class Model:
     hf_config: Mapping[str, Any] | None = None
     hf_architectures: tuple[str, ...] = ()
     hf_ignored: tuple[str, ...] = ()
+    hf_prefix: str = ""
     hf_tied: Mapping[str, str] = field(default_factory=dict)
     task: Literal["generate", "embed", "classify"] = "generate"
     pooling: Literal["last", "mean", "cls"] | None = None
@@ -209,6 +211,13 @@ class Model:
             path: tensor_map(p.hf, path, p.axes, p.shape, p.where)
             for path, p in self.by_path.items()
         }
+
+    @cached_property
+    def prefixed(self) -> frozenset[str]:
+        """First parts of tensor names that stand for those with `hf_prefix` before them."""
+        names = (name for map_ in self.tensor_maps.values() for name in map_.names)
+        own = (n.removeprefix(self.hf_prefix) for n in names if n.startswith(self.hf_prefix))
+        return frozenset(name.partition(".")[0] for name in own) if self.hf_prefix else frozenset()
 
     @property
     def num_parameters(self) -> int:

@@ -188,5 +188,6 @@ def model(cfg: Config) -> fm.Model:
         hf_architectures=("GPT2LMHeadModel",),
         # Masks, which old checkpoints hold as tensors.
         hf_ignored=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
+        hf_prefix="transformer.",  # published checkpoints leave it out
         hf_tied={"lm_head.weight": "embed"} if cfg.tie_word_embeddings else {},
     )
