@@ -1,5 +1,7 @@
 """Parameters that share a tensor of the checkpoint: how the served file speaks of them."""
 
+from typing import Any
+
 import pytest
 from einops import einsum
 
@@ -53,7 +55,7 @@ def model(rows, at="layers.{layers}.attn"):
 def tables(source):
     """What the file says of names: SHARED and LORA_TARGETS, and the fused modules."""
     lines = source[source.index("LORA_TARGETS") : source.index("class ")]
-    namespace = {"LAYERS": 2}
+    namespace: dict[str, Any] = {"LAYERS": 2}
     exec("import re\n" + lines, namespace)
     start = source.index("packed_modules_mapping")
     exec(source[start : source.index("}", start) + 1], namespace)
