@@ -158,7 +158,7 @@ def fixes_size(func: Any) -> TraceError:
         got="it takes the tokens apart, or torch cannot infer its shape for any number of them",
         need="operations on whole (num_tokens, ...) tensors",
         from_=users_line(),
-        fix="index with `...`, and for F.pad: torch.cat((x, x.new_zeros(...)), dim=-1)",
+        fix="index with `...`, and take no sizes from the number of tokens",
     )
 
 
