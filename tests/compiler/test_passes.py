@@ -124,6 +124,16 @@ def routed(p, x, positions):
     return x + ops.experts(x, weights, ids, p["gate"], p["up"], p["down"], activation="silu")
 
 
+@fm.block
+def recurs(p, x, positions):
+    def step(state, v):
+        return {"S": state["S"] + v.detach()}, state["S"]
+
+    v = einsum(x, p["v"], "... e, h d e -> ... h d")
+    state = fm.state(S="kv_heads head_dim", dtype=v.dtype, kv_heads=2, head_dim=4)
+    return x + ops.recurrent(step, state, v).flatten(-2)[..., :1]
+
+
 QKVO = {
     "q": P("heads head_dim hidden"),
     "k": P("kv_heads head_dim hidden"),
@@ -149,6 +159,7 @@ BIASED = {**GATED, "gate_bias": P("mlp"), "bias": P("hidden"), "norm": P("hidden
 
 SHOWN: dict[str, tuple[Any, dict[str, fm.Param], str]] = {
     "drop_gradients": (gated, GATED, "gated"),
+    "drop_step_gradients": (recurs, {"v": QKVO["v"]}, "recurs"),
     "cut_parameters": (
         norms_heads,
         {"q": QKVO["q"], "o": QKVO["o"], "norm": P("heads_dim")},
