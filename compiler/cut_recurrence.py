@@ -144,7 +144,7 @@ def _by_tokens(part: _BlockPartitioner, node: fx.Node, found: Recurrence) -> Non
 
 
 def _put(part: _BlockPartitioner, node: fx.Node, args: Any, made: Recurrence, at: Any) -> None:
-    kwargs = {"recurrence": made}
+    kwargs: Any = {"recurrence": made}
     part._put(
         node, part.graph.create_node("call_function", recurrence, args, kwargs, node.name), at
     )

@@ -304,8 +304,8 @@ class _Planner:
     ) -> None:
         """Let adapters change a matrix, unless their rows would lie otherwise than the layer's.
 
-        One that holds several parameters they change as a whole: where the layer is all of it, under
-        its name.
+        One that holds several parameters they change as a whole: where the layer is all of it,
+        under its name.
         """
         stored, module = re.findall(r"\w+", map_.layout), _module(map_.names[0])
         if MARK in module and not is_all:

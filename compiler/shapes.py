@@ -38,8 +38,8 @@ def result_of(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         if terms is not None:
             dims = _dims(terms, tensors)
             return _run(func, args, kwargs, lambda _: tuple(dims[c] for c in terms[-1]))
-    elif func is torch.linalg.solve_triangular and args[0].ndim == args[1].ndim:
-        return _run(func, args, kwargs, lambda _: tuple(args[1].shape))
+    elif func is torch.linalg.solve_triangular and len({t.ndim for t in tensors}) == 1:
+        return _run(func, args, kwargs, lambda _: tuple(tensors[1].shape))
     return func(*args, **kwargs)
 
 

@@ -30,6 +30,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
@@ -71,7 +72,7 @@ class LatentAttention(nn.Module):
 
     def __init__(
         self,
-        kv_b_proj: nn.Module,
+        kv_b_proj: ColumnParallelLinear,
         num_heads: int,
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
@@ -153,9 +154,10 @@ class TypedRMSNorm(nn.Module):
 class TypedLayerNorm(nn.LayerNorm):
     """Layer norm whose weight has another dtype than what it scales."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class Experts(RoutedExperts):

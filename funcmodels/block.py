@@ -13,12 +13,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Tracer(Protocol):
-    """What records calls of blocks while a model is traced."""
+    """What records calls of blocks while a model is traced.
+
+    One that has a method `call_recurrence` is given each `ops.recurrent` whole.
+    """
 
     def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any: ...
-
-    # As `ops.recurrent`.
-    call_recurrence: Callable[..., Any]
 
 
 # The tracer at work, or None: then a block is its function and nothing else.

@@ -98,7 +98,8 @@ def _top(steps: Steps, x: fx.Node, dim: int) -> fx.Node:
 
 def _exps(steps: Steps, view: View, x: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, fx.Node]:
     """x less its largest, the exponentials of that, and their sum."""
-    wide = steps.wide(steps.cast(x, view.node.kwargs.get("dtype", view.type(x).dtype)))
+    dtype: Any = view.node.kwargs.get("dtype", view.type(x).dtype)
+    wide = steps.wide(steps.cast(x, dtype))
     shifted = steps("shifted", torch.sub, wide, _top(steps, wide, dim))
     exps = steps("exps", torch.exp, shifted)
     return shifted, exps, steps("total", torch.sum, exps, dim, True, over=dim)

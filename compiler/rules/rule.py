@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -121,13 +121,14 @@ class View:
 
 
 Rule = Callable[[View], Decision | Spelled | None]
+R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+def rule(*targets: Any) -> Callable[[R], R]:
     """Register a rule for torch functions or ops."""
 
-    def register(fn: Rule) -> Rule:
+    def register(fn: R) -> R:
         for target in targets:
             assert target not in RULES, f"two rules for {target}"
             RULES[target] = fn

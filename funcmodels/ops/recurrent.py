@@ -64,8 +64,9 @@ def recurrent(
     for fn in (step, chunked):
         if fn is not None:
             check_closure(fn)
-    if (recorder := tracer()) is not None:
-        return recorder.call_recurrence(
+    record = getattr(tracer(), "call_recurrence", None)
+    if record is not None:
+        return record(
             step=step,
             state=state,
             xs=xs,

@@ -213,7 +213,8 @@ def test_partition():
     ("schedule", "values"),
     [
         (optim.constant(2.0, warmup=4), {0: 0.5, 3: 2.0, 100: 2.0}),
-        (optim.linear(2.0, total=10, warmup=2, final=1.0), {0: 1.0, 1: 2.0, 6: 1.5, 10: 1.0, 99: 1.0}),
+        (optim.linear(2.0, total=10, warmup=2, final=1.0),
+         {0: 1.0, 1: 2.0, 6: 1.5, 10: 1.0, 99: 1.0}),
         (optim.cosine(2.0, total=12, warmup=2, final=1.0),
          {0: 1.0, 2: 2.0, 7: 1.5, 4: 1.5 + 0.5 * math.cos(0.2 * math.pi), 12: 1.0, 99: 1.0}),
         (optim.wsd(2.0, total=20, warmup=2, decay=10), {0: 1.0, 2: 2.0, 10: 2.0, 15: 1.0, 20: 0.0}),
