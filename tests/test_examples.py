@@ -41,6 +41,16 @@ def test_hello():
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+def test_novel_recurrence():
+    said = script("examples.novel_recurrence")
+    assert "recalled 256 of 256" in said
+    assert "served on two ranks: 64 of 64 answers the same" in said
+
+
+@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (HAS_VLLM and HAS_SMOLLM2), reason="vLLM or the weights are missing")
 def test_demo():
