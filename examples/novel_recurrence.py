@@ -3,9 +3,9 @@
     python -m examples.novel_recurrence [--steps 400]
 
 What is new of a token replaces what the memory holds under its key, as the delta rule has it, but
-squashed: no surprise is larger than one. So the step is not linear in the state, there is no chunked
-form, and no kernel of anyone's. The task: pairs of a key and a value, then one of the keys again,
-and the model is to say its value.
+squashed: no surprise is larger than one. So the step is not linear in the state, there is no
+chunked form, and no kernel of anyone's. The task: pairs of a key and a value, then one of the keys
+again, and the model is to say its value.
 """
 
 import tempfile
