@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,22 @@ class Loop:
     Args:
         container: attribute path of the module list.
         calls: the calls, in order; they name the class of each layer.
-        pattern: for each argument, the carried value it is, or the node it is every time.
+        patterns: block -> for each argument, the carried value it is, or the node it is every time.
         initial: what the carried values are before the first call, None where the block takes that.
         results: the nodes that are the carried values after the last call.
     """
 
     container: str
     calls: list[fx.Node]
-    pattern: list[int | fx.Node]
+    patterns: dict[str, list[int | fx.Node]]
     initial: list[fx.Node | None]
     results: list[fx.Node]
+
+    @property
+    def constants(self) -> list[fx.Node]:
+        """What layers are given every time."""
+        given = [a for pattern in self.patterns.values() for a in pattern]
+        return list(dict.fromkeys(a for a in given if isinstance(a, fx.Node)))
 
 
 def roll(block: Block, placed: Placed) -> list[fx.Node | Loop]:
@@ -79,28 +86,55 @@ def _values(call: fx.Node) -> list[fx.Node]:
 def _loop(container: str, calls: list[fx.Node]) -> Loop | None:
     """The loop that a run of calls is, or None where what flows between them is not regular."""
     values = [_values(call) for call in calls]
-    if len({len(v) for v in values}) > 1 or len({len(c.args) for c in calls}) > 1:
+    if len({len(v) for v in values}) > 1:
         return None
     # What one call makes, the next one alone may use: nothing else is carried through the loop.
     for call, made, after in zip(calls, values, calls[1:], strict=False):
         users = {u for v in made for u in v.users} - set(_parts(call))
         if users - {after}:
             return None
-    pattern: list[Any] = []
-    initial: list[Any] = [None] * len(values[0])
-    for j in range(len(calls[0].args)):
-        sources = [_source(c.args[j], before) for c, before in zip(calls[1:], values, strict=False)]
-        if any(s != sources[0] for s in sources):
+    patterns: dict[str, list[Any]] = {}
+    for call, before in zip(calls[1:], values, strict=False):
+        pattern = [_source(a, before) for a in call.args]
+        if patterns.setdefault(str(call.target), pattern) != pattern:
             return None
-        source = sources[0]
-        if isinstance(source, int):
-            initial[source] = calls[0].args[j]
-        elif source is not calls[0].args[j]:
-            return None
-        pattern.append(source)
-    if {p for p in pattern if isinstance(p, int)} != set(range(len(values[0]))):
+    first = str(calls[0].target)
+    if first not in patterns:
+        patterns[first] = _pattern_of_first(calls[0], list(patterns.values()))
+    carried = list(range(len(values[0])))
+    if any(sorted(p for p in each if isinstance(p, int)) != carried for each in patterns.values()):
         return None
-    return Loop(container, calls, pattern, initial, values[-1])
+    initial: list[Any] = [None] * len(carried)
+    if len(calls[0].args) != len(patterns[first]):
+        return None
+    for source, arg in zip(patterns[first], calls[0].args, strict=True):
+        if isinstance(source, int):
+            initial[source] = arg
+        elif source is not arg:
+            return None
+    return Loop(container, calls, patterns, initial, values[-1])
+
+
+def _pattern_of_first(call: fx.Node, others: list[list[Any]]) -> list[Any]:
+    """What the first call's arguments stand for, where no later one is of its block.
+
+    What others are given every time, and an input of the body, it is given too; the rest are what
+    the carried values begin with, in their order or in that of another block.
+    """
+    constants = {a for each in others for a in each if isinstance(a, fx.Node)}
+    fixed = [a in constants or _is_input(a) for a in call.args]
+    for each in others:
+        if len(each) == len(fixed) and all(
+            isinstance(source, int) != same and (not same or source is arg)
+            for source, same, arg in zip(each, fixed, call.args, strict=True)
+        ):
+            return each
+    numbers = itertools.count()
+    return [a if same else next(numbers) for a, same in zip(call.args, fixed, strict=True)]
+
+
+def _is_input(arg: Any) -> bool:
+    return isinstance(arg, fx.Node) and arg.op == "placeholder"
 
 
 def _source(arg: Any, before: list[fx.Node]) -> int | Any:

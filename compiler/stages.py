@@ -47,7 +47,6 @@ def why_one_stage(body: Block, root: Root) -> str | None:
         return _why_no_loop(body)
     _, positions = body.inputs
     before = set(root.before) - {positions}
-    constants = [a for a in loop.pattern if isinstance(a, fx.Node)]
     for node in [*root.after, *loop.calls[:1]]:
         for used in node.all_input_nodes:
             first = node is loop.calls[0] and used in loop.initial
@@ -62,7 +61,7 @@ def why_one_stage(body: Block, root: Root) -> str | None:
             return (
                 f"{dtype} goes from layer to layer, at {where}, and the engine sends its own dtype"
             )
-    if other := next((c for c in constants if c is not positions), None):
+    if other := next((c for c in loop.constants if c is not positions), None):
         return f"every layer reads what is made at {other.meta.get('where')}"
     return None
 

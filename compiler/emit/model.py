@@ -301,11 +301,11 @@ class _Writer:
         kinds = [] if len(set(classes)) == 1 else _sequence("kinds", classes)
         count = m.size("layers", len(calls))
         prefix = f'prefix=f"{{prefix}}.{container}"'
-        if self.staged:
+        if self.staged and loop is not None and container == loop.container:
             m.use("make_layers")
             m.use("make_empty_intermediate_tensors_factory")
             names = [quoted(n) for n in self.carried()]
-            sizes = {t.meta["type"].shape[-1] for t in loop.results} if loop else set()
+            sizes = {t.meta["type"].shape[-1] for t in loop.results}
             assert len(sizes) == 1
             hidden = self.hidden(next(iter(sizes)))
             return [
@@ -375,13 +375,12 @@ class _Writer:
             starts.append(f"        {left} = {right}")
         for node, carried in zip(loop.results, names, strict=True):
             scope.bind(node, carried)
-        arguments = [names[p] if isinstance(p, int) else scope.value(p) for p in loop.pattern]
         over = f"self.{loop.container}"
         if self.staged:
             over = f"{self.module.use('islice')}({over}, self.start_layer, self.end_layer)"
         lines = [
             f"        for layer in {over}:",
-            *call(f"{', '.join(names)} = layer", arguments, 12),
+            *self.call_layer(loop, names),
         ]
         after = statements(scope, root.after, 8)
         end = f"        return {scope.value(result)}"
@@ -403,12 +402,29 @@ class _Writer:
             end,
         ]
 
+    def call_layer(self, loop: Loop, names: list[str]) -> list[str]:
+        """The loop's body: one call, or one for each way in which classes of layers are called."""
+        ways: dict[tuple[str, ...], list[str]] = {}
+        for block, pattern in loop.patterns.items():
+            way = (names[p] if isinstance(p, int) else self.body.value(p) for p in pattern)
+            ways.setdefault(tuple(way), []).append(self.module.class_name(block))
+        left = f"{', '.join(names)} = layer"
+        *others, usual = sorted(ways, key=lambda way: len(ways[way]))
+        lines = []
+        for i, way in enumerate(others):
+            classes = ways[way]
+            kinds = classes[0] if len(classes) == 1 else f"({', '.join(classes)})"
+            lines.append(f"            {'elif' if i else 'if'} isinstance(layer, {kinds}):")
+            lines += call(left, list(way), 16)
+        lines += ["            else:"] if others else []
+        return [*lines, *call(left, list(usual), 16 if others else 12)]
+
     def read_later(self) -> list[fx.Node]:
         """What is made before the loop over the layers, and read in each of them or after it."""
         loop = self.root.loop
         assert loop is not None
         used = [n for node in self.root.after for n in node.all_input_nodes]
-        used += [a for a in loop.pattern if isinstance(a, fx.Node)]
+        used += loop.constants
         before = {n for n in self.root.before if n.op != "get_attr"}
         return [node for node in dict.fromkeys(used) if node in before]
 

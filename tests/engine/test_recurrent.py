@@ -56,9 +56,14 @@ def test_compiled(many, tp):
     check(served, want)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_two_stages(tp, tmp_path):
-    model = recurrent_model("delta", "linear", "own")
+STAGED = ("delta", "linear", "own")
+IN_TURNS = ("conv", "attention", "delta", "attention")  # some are given positions, others are not
+
+
+@pytest.mark.parametrize(("kinds", "tp"), [(STAGED, 1), (STAGED, 2), (IN_TURNS, 1)])
+def test_two_stages(kinds, tp, tmp_path):
+    """Each stage has both, or states alone: the engine has one layout of caches for all stages."""
+    model = recurrent_model(*kinds)
     weights = saved(model, tmp_path)
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
     check(serve_model(model, tmp_path, tp=tp, **OPTIONS, **stages), expected(model, weights))
