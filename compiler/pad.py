@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from math import gcd
 from typing import Any
 
@@ -22,12 +23,24 @@ from funcmodels.parts import without_parts
 from funcmodels.spec import Model, Param
 
 
+@dataclass(frozen=True, eq=False)
+class PaddedModel(Model):
+    """A model that knows which of its heads are zeros, for `fm.explain`.
+
+    Args:
+        zeros: axis -> (heads that are none, all heads); the last ones are zeros.
+    """
+
+    zeros: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Padded:
     """A model with more heads than another, which are zeros and change nothing.
 
     Args:
-        model: the model with the new sizes; save it, register it, serve it as any other.
+        model: the model with the new sizes; save it, register it, serve it as any other. It tells
+            `fm.explain` which heads are zeros; one that is loaded from a folder does not know.
         sizes: axis -> (size before, size now).
     """
 
@@ -62,7 +75,7 @@ def pad_heads(
 
     Each group of query heads keeps its KV head; whole groups of zeros are added at the end. Their
     output meets zeros in the output projection, so logits stay the same, to rounding. The price is
-    their share of the attention's weights, KV cache and time: `fm.explain(padded.model)`.
+    their share of the attention's weights, KV cache and time: `fm.explain(padded.model)` states it.
 
     Args:
         model: its forward must take the numbers of heads from its parameters' shapes.
@@ -94,7 +107,11 @@ def pad_heads(
     config |= {"num_attention_heads": now[heads], "num_key_value_heads": new_kv}
     if config.get("hidden_size", 0) % now[heads]:
         config["model_type"] = "funcmodels"  # transformers refuses such a config for its own types
-    padded = replace(model, params=_map_shared(pad, model.params), hf_config=config)
+    given = {f.name: getattr(model, f.name) for f in fields(Model)}
+    given |= {"params": _map_shared(pad, model.params), "hf_config": config}
+    first = model.zeros if isinstance(model, PaddedModel) else {}
+    zeros = {axis: (first.get(axis, (n, n))[0], now[axis]) for axis, (n, _) in sizes.items()}
+    padded = PaddedModel(**given, zeros={**first, **zeros})
     if sizes:
         _check_zeros(partition(trace(padded), _mesh_axis(padded, heads)), set(sizes))
     return Padded(padded, sizes)

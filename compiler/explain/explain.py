@@ -7,8 +7,10 @@ import torch
 from compiler.check import Layouts
 from compiler.emit import emit_model
 from compiler.explain.inventory import Inventory, Setting
+from compiler.explain.padding import head_padding
 from compiler.explain.report import Explanation
 from compiler.explain.roofline import DEVICES, Device, estimate
+from compiler.pad import PaddedModel
 from compiler.vllm_target import lower_to_vllm, uncollected
 from funcmodels.errors import FuncModelsError
 from funcmodels.spec import Model
@@ -79,6 +81,7 @@ def explain(
         stages,
         inventory.unread(blocks),
         times,
+        head_padding(model.zeros if isinstance(model, PaddedModel) else {}, blocks, stages, tp),
     )
 
 

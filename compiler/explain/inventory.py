@@ -10,7 +10,7 @@ import functools
 import inspect
 import linecache
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -260,7 +260,7 @@ class Inventory:
         found = self._layer_work(node) if node.op == "call_function" else Work()
         if block is self.split.head and found != Work():
             return Work(found.flops, found.weight_bytes, found.token_bytes, is_per_sample=True)
-        return found
+        return replace(found, axes=_cut_over(node)) if found != Work() else found
 
     def _layer_work(self, node: fx.Node) -> Work:
         if node.target is layers.attention:
@@ -304,6 +304,7 @@ class Inventory:
             attention_flops=2 * heads * dims,
             kv_bytes=kv_heads * dims * self.setting.kv_dtype.itemsize if cached else 0,
             window=s.get("window"),
+            cache_axis=_axis_of(k),
         )
 
     def _latent_work(self, node: fx.Node) -> Work:
@@ -311,12 +312,14 @@ class Inventory:
         heads, nope, rope, rank = *q_nope[1:], q_rope[2], latent[1]
         dv = self._local(node)[1] // heads
         kept, text = cached_of_latent(config_of_fields(self.program.model), rank, rope)
+        axis = "" if kept else _axis_of(node.args[0])
         if not kept:
             kept, text = 2 * heads * max(nope + rope, dv), text.format(max(nope + rope, dv))
         return Work(
             attention_flops=2 * heads * (nope + rope + dv),
             kv_bytes=kept * self.setting.kv_dtype.itemsize,
             cached=text,
+            cache_axis=axis,
         )
 
     def _heads(self, x: Any, count: int) -> int:
@@ -538,6 +541,16 @@ def _parts(node: fx.Node) -> Iterator[tuple[fx.Node, str, str]]:
     if node.target in (*NORMS, *_VOCAB_LAYERS):
         for param, leaf in zip(params, ("weight", "bias"), strict=False):
             yield param, leaf, ""
+
+
+def _cut_over(node: fx.Node) -> tuple[str, ...]:
+    """The axes that what a node reads is cut over."""
+    return tuple(dict.fromkeys(filter(None, map(_axis_of, node.all_input_nodes))))
+
+
+def _axis_of(node: Any) -> str:
+    at = node.meta.get("placement")
+    return at.axis if isinstance(at, Shard) else ""
 
 
 def _is_lookup(node: fx.Node) -> bool:

@@ -13,9 +13,13 @@ from compiler.explain.diagram import diagram, held_by, kind_of
 from compiler.explain.records import BlockView, Parameter, Step
 from compiler.explain.roofline import Phase
 from compiler.explain.tables import (
+    PADDING,
+    PADDING_NOTE,
     collective_bytes,
     collective_rows,
     layout,
+    padding_rows,
+    padding_title,
     parameter_rows,
     plain_rows,
     remark,
@@ -63,6 +67,7 @@ def page(found: Explanation) -> str:
 {_cards(found)}
 <h2>What a rank holds</h2>
 {_memory(found)}
+{_head_padding(found)}
 {_roofline(found)}
 <h2>What is served</h2>
 <div class="picture">
@@ -153,6 +158,19 @@ def _memory(found: Explanation) -> str:
     which = f"stage {stage}, " if found.pp > 1 else ""
     inside = f'<div class="label">{which}one rank</div><div class="bar">{bar}</div>'
     return f'<div class="card">{inside}<div class="legend">{legend}</div>{note}</div>'
+
+
+def _head_padding(found: Explanation) -> str:
+    """What heads of zeros cost."""
+    if found.head_padding is None:
+        return ""
+    rows = [
+        [*map(_cell, row[:3]), *map(_number, row[3:])] for row in padding_rows(found.head_padding)
+    ]
+    return (
+        f"<h2>{escape(padding_title(found.head_padding))}</h2>"
+        f'<div class="wide">{_table(PADDING, rows)}</div><p class="foot">{PADDING_NOTE}</p>'
+    )
 
 
 def _roofline(found: Explanation) -> str:

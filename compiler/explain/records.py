@@ -93,6 +93,8 @@ class Work:
         is_per_sample: whether it is done for the tokens that are sampled from alone.
         cached: what the KV cache holds of a token, where that is not its keys and values.
         chosen: the share of `weight_bytes` that one token reads: that of its experts; 1 reads all.
+        axes: that what it reads is cut over.
+        cache_axis: of the heads that the KV cache holds, where it is cut over them.
     """
 
     flops: int = 0
@@ -104,6 +106,8 @@ class Work:
     is_per_sample: bool = False
     cached: str = ""
     chosen: float = 1.0
+    axes: tuple[str, ...] = ()
+    cache_axis: str = ""
 
 
 @dataclass(frozen=True)

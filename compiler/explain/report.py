@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
+from compiler.explain.padding import HeadPadding
 from compiler.explain.records import BlockView, Parameter, Stage, Step
 from compiler.explain.roofline import Estimate
 from compiler.shown import shown
@@ -29,6 +30,7 @@ class Explanation:
         stages: the totals of one rank of each pipeline stage.
         unread: the paths of parameters that forward does not read: they are not served.
         estimate: times on a device, where one was named.
+        head_padding: what heads of zeros cost, where `fm.pad_heads` made the model.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Explanation:
     stages: tuple[Stage, ...]
     unread: tuple[str, ...] = ()
     estimate: Estimate | None = None
+    head_padding: HeadPadding | None = None
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from compiler.explain.folding import numbers_text
+from compiler.explain.padding import Cost, HeadPadding
 from compiler.explain.records import BlockView, Parameter, Step
 from compiler.explain.roofline import Estimate, Phase
 from compiler.shown import bytes_text, quantity, seconds_text
@@ -25,6 +27,8 @@ def tables(found: Explanation) -> Iterator[Table | Text]:
     cached = [step.work.cached for block in found.blocks for step in block.steps]
     for text in dict.fromkeys(filter(None, cached)):
         yield Text(f"Cached for each token and layer: {text}\n")
+    if found.head_padding is not None:
+        yield _head_padding(found.head_padding)
     for block in found.blocks:
         if block.parameters:
             yield _parameters(found, block)
@@ -97,6 +101,52 @@ def _totals(found: Explanation) -> Table:
             bytes_text(stage.collective_bytes),
             bytes_text(stage.sends) if stage.sends else "",
         )
+    return table
+
+
+PADDING = ("stage", "ranks", "zeros", "weights>", "KV/token>", "products/token>", "attention/pair>")
+
+
+def padding_title(found: HeadPadding) -> str:
+    """`Heads of zeros: heads 9-11 of 12, kv_heads 3 of 4`."""
+    told = [f"{a} {_range((before, n - 1))} of {n}" for a, (before, n) in found.sizes.items()]
+    return f"Heads of zeros: {', '.join(told)}"
+
+
+PADDING_NOTE = (
+    "Of each rank: what is for zeros, of all; zeros cost as much as other heads. "
+    "Unpadded: what a rank would have if ranks could share the model's own heads evenly."
+)
+
+
+def padding_rows(found: HeadPadding) -> list[list[str]]:
+    """What zeros cost: of each stage its ranks, those alike together, and one without zeros."""
+    rows = []
+    for stage, unpadded in enumerate(found.unpadded):
+        for at in (r for r in found.ranks if r.stage == stage):
+            heads = ", ".join(f"{zeros} of {n} {axis}" for axis, (n, zeros) in at.heads.items())
+            pairs = zip(_cost_texts(at.zeros), _cost_texts(at.all), strict=True)
+            rows.append(
+                [
+                    str(stage),
+                    numbers_text(at.ranks),
+                    heads,
+                    *(f"{part} of {all_}" for part, all_ in pairs),
+                ]
+            )
+        rows.append([str(stage), "unpadded", "none", *_cost_texts(unpadded)])
+    return rows
+
+
+def _cost_texts(cost: Cost) -> list[str]:
+    sizes = [bytes_text(cost.weights), bytes_text(cost.kv_per_token)]
+    return [*sizes, quantity(cost.flops, "FLOP"), quantity(cost.attention_flops, "FLOP")]
+
+
+def _head_padding(found: HeadPadding) -> Table:
+    table = _table(padding_title(found), *PADDING, caption=PADDING_NOTE)
+    for row in padding_rows(found):
+        table.add_row(*map(Text, row))
     return table
 
 

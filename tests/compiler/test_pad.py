@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from einops import einsum
 
 import funcmodels as fm
+from compiler.explain.padding import Cost
+from compiler.explain.page import page
 from compiler.partition import partition
 from compiler.trace import trace
 from funcmodels import ops
@@ -121,3 +125,85 @@ def test_a_number_of_heads_from_elsewhere():
 def test_no_such_axis():
     with pytest.raises(ShardingError, match='no parameter of Mixes has an axis "q_heads"'):
         fm.pad_heads(over_heads("none"), 2, heads="q_heads")
+
+
+# What fm.explain says of it
+
+
+def total(found: fm.Explanation) -> Cost:
+    """Weights, cache and arithmetic, from the steps of an explanation for one rank."""
+    works = [(step.work, block.count) for block in found.blocks for step in block.steps]
+    return Cost(
+        found.weights,
+        found.kv_per_token,
+        sum(w.flops * n for w, n in works if not w.is_per_sample),
+        sum(w.attention_flops * n for w, n in works),
+    )
+
+
+def times(cost: Cost, n: int) -> list[int]:
+    return [n * value for value in astuple(cost)]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_cost_is_the_difference_of_two_models(tp, pp, bias):
+    model = llama(9, 3, attention_bias=bias)
+    padded = fm.pad_heads(model, 4).model
+    before, after = total(fm.explain(model)), total(fm.explain(padded))
+    found = fm.explain(padded, tp=tp, pp=pp).head_padding
+    assert found is not None
+    assert found.sizes == {"heads": (9, 12), "kv_heads": (3, 4)}
+    zeros = [times(alike.zeros, len(alike.ranks)) for alike in found.ranks]
+    want = [b - a for a, b in zip(astuple(before), astuple(after), strict=True)]
+    assert list(map(sum, zip(*zeros, strict=True))) == want
+    for stage, unpadded in enumerate(found.unpadded):
+        here = [alike for alike in found.ranks if alike.stage == stage]
+        assert sum(len(alike.ranks) for alike in here) == tp
+        lost = [times(alike.zeros, len(alike.ranks)) for alike in here]
+        shares = [n / tp for n in map(sum, zip(*lost, strict=True))]
+        whole = astuple(here[0].all)
+        assert astuple(unpadded) == tuple(a - b for a, b in zip(whole, shares, strict=True))
+
+
+def test_ranks_of_zeros_alone_are_told():
+    padded = fm.pad_heads(llama(9, 3), 4).model
+    found = fm.explain(padded, tp=4)
+    assert found.head_padding is not None
+    real, zeros = found.head_padding.ranks
+    assert (real.ranks, real.zeros) == ((0, 1, 2), Cost())
+    assert zeros.ranks == (3,)
+    assert zeros.heads == {"heads": (3, 3), "kv_heads": (1, 1)}
+    assert zeros.zeros.kv_per_token == found.kv_per_token
+    text = " ".join(str(found).split())
+    assert "Heads of zeros: heads 9-11 of 12, kv_heads 3 of 4" in text
+    assert "3 of 3 heads, 1 of 1 kv_heads" in text
+    html = page(found)
+    assert "Heads of zeros: heads 9-11 of 12, kv_heads 3 of 4" in html
+    assert "3 of 3 heads, 1 of 1 kv_heads" in html
+    told = found.to_dict()["head_padding"]
+    assert told["sizes"] == {"heads": (9, 12), "kv_heads": (3, 4)}
+    assert told["ranks"][1]["zeros"]["kv_per_token"] == found.kv_per_token
+
+
+def test_a_cache_that_several_ranks_share():
+    """Four KV heads on eight ranks: the two ranks of the last one hold the same zeros."""
+    padded = fm.pad_heads(llama(6, 3, num_hidden_layers=1), 4).model
+    found = fm.explain(padded, tp=8)
+    assert found.head_padding is not None
+    assert [a.ranks for a in found.head_padding.ranks] == [(0, 1, 2, 3, 4, 5), (6, 7)]
+    assert found.head_padding.ranks[1].zeros.kv_per_token == found.kv_per_token
+
+
+def test_heads_that_were_padded_before():
+    again = fm.pad_heads(fm.pad_heads(llama(9, 3), 4).model, 8).model
+    found = fm.explain(again).head_padding
+    assert found is not None
+    assert found.sizes == {"heads": (9, 24), "kv_heads": (3, 8)}
+
+
+@pytest.mark.parametrize("model", [llama(9, 3), fm.pad_heads(llama(9, 3), 3).model])
+def test_no_zeros_no_cost(model):
+    found = fm.explain(model)
+    assert found.head_padding is None
+    assert "Heads of zeros" not in str(found) + page(found)
