@@ -30,6 +30,7 @@ from compiler.latent_cache import cached_of_latent
 from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
 from compiler.placement import Shard
+from compiler.recurrence import Recurrence, recurrence
 from compiler.rewrite import is_param
 from compiler.rules import letters_of, max_over_ranks, rms_norm_over_ranks
 from compiler.split import split_at_unembedding
@@ -267,6 +268,8 @@ class Inventory:
             return self._attention_work(node)
         if node.target is layers.latent_attention:
             return self._latent_work(node)
+        if node.target is recurrence:
+            return self._recurrent_work(node)
         params = [n for n in node.all_input_nodes if is_param(n)]
         in_layer = node.target in BUILDERS
         sizes = [prod(self._param_shape(n, in_layer)) for n in params]
@@ -306,6 +309,17 @@ class Inventory:
             window=s.get("window"),
             cache_axis=_axis_of(k),
         )
+
+    def _recurrent_work(self, node: fx.Node) -> Work:
+        """The products of a step, and the state that it reads and writes."""
+        found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+        size = 0
+        for (_, slot), at in zip(found.slots, found.placements, strict=True):
+            count = prod(slot.shape)
+            count = self._share(at, count) if isinstance(at, Shard) else count
+            size += count * self._itemsize(slot.dtype)
+        products = (n for n in found.step.graph.nodes if n.op == "call_function")
+        return Work(sum(map(self._product_flops, products)), state_bytes=size)
 
     def _latent_work(self, node: fx.Node) -> Work:
         q_nope, q_rope, latent = (self._local(n) for n in node.args[:3])  # type: ignore[arg-type]
@@ -506,16 +520,17 @@ def folded(path: str) -> str:
 
 def _stage(i: int, blocks: tuple[BlockView, ...], numbers: range, sends: int) -> Stage:
     counts: dict[str, int] = {}
-    size = kv = 0
+    size = kv = state = 0
     for block in blocks:
         for step in block.steps:
             kv += step.work.kv_bytes * block.stages[i]
+            state += step.work.state_bytes * block.stages[i]
             if step.collective is not None and block.stages[i]:
                 kind = step.collective.kind
                 counts[kind] = counts.get(kind, 0) + block.stages[i]
                 size += step.collective.bytes * block.stages[i]
     weights = sum(p.bytes * p.stages[i] for block in blocks for p in block.parameters)
-    return Stage(tuple(numbers), weights, kv, counts, size, sends)
+    return Stage(tuple(numbers), weights, kv, state, counts, size, sends)
 
 
 def _parts(node: fx.Node) -> Iterator[tuple[fx.Node, str, str]]:

@@ -103,6 +103,7 @@ def _cards(found: Explanation) -> str:
     cards = [
         _card("Weights", bytes_text(fullest.weights), room or "on one rank"),
         _card("KV cache", bytes_text(found.kv_per_token), f"a token, {found.kv_dtype}"),
+        *_states(found),
         _card(
             "Collectives",
             f"{reduces:,}" if reduces else "none",
@@ -118,6 +119,12 @@ def _cards(found: Explanation) -> str:
     note = f"on {len({step.where for _, step in found.plain})} lines" if plain else "all is layers"
     cards.append(_card("Plain torch", f"{plain:,}" if plain else "nothing", note))
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _states(found: Explanation) -> list[str]:
+    """The card of recurrent states, of a model that has some."""
+    size = found.state_per_sequence
+    return [_card("States", bytes_text(size), "a sequence, however long")] if size else []
 
 
 def _card(label: str, value: str, note: str, css: str = "") -> str:
@@ -271,6 +278,8 @@ def _costs(step: Step) -> list[str]:
         rows.append(["arithmetic", f"{quantity(work.flops, 'FLOP')} a token"])
     if work.attention_flops:
         rows.append(["arithmetic", f"{quantity(work.attention_flops, 'FLOP')} a pair of tokens"])
+    if work.state_bytes:
+        rows.append(["State", f"{bytes_text(work.state_bytes)} a sequence"])
     if work.kv_bytes:
         rows.append(["KV cache", f"{bytes_text(work.kv_bytes)} a token"])
     if work.cached:

@@ -89,6 +89,7 @@ class Work:
         token_bytes: read for each token beside that: the row of an embedding table.
         attention_flops: for each pair of a query token and a key token.
         kv_bytes: of the KV cache, for each token.
+        state_bytes: of a recurrent state, for each sequence, however long.
         window: how many tokens attention looks back at, or None for all.
         is_per_sample: whether it is done for the tokens that are sampled from alone.
         cached: what the KV cache holds of a token, where that is not its keys and values.
@@ -102,6 +103,7 @@ class Work:
     token_bytes: int = 0
     attention_flops: int = 0
     kv_bytes: int = 0
+    state_bytes: int = 0
     window: int | None = None
     is_per_sample: bool = False
     cached: str = ""
@@ -185,6 +187,7 @@ class Stage:
         layers: the numbers of its layers.
         weights: bytes.
         kv_per_token: bytes of the KV cache for each token, of windowed layers too.
+        state_per_sequence: bytes of recurrent states for each sequence.
         collectives: how many a step takes, those for sampling included.
         collective_bytes: of the values that they are of, for each token.
         sends: bytes for each token to the next stage.
@@ -193,6 +196,7 @@ class Stage:
     layers: tuple[int, ...]
     weights: int
     kv_per_token: int
+    state_per_sequence: int
     collectives: dict[str, int]
     collective_bytes: int
     sends: int

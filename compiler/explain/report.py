@@ -71,6 +71,11 @@ class Explanation:
         """Bytes of KV cache for each token on the fullest rank."""
         return max(stage.kv_per_token for stage in self.stages)
 
+    @property
+    def state_per_sequence(self) -> int:
+        """Bytes of recurrent states for each sequence on the fullest rank."""
+        return max(stage.state_per_sequence for stage in self.stages)
+
     def _steps(self) -> Iterator[tuple[BlockView, Step]]:
         yield from ((block, step) for block in self.blocks for step in block.steps)
 
@@ -78,6 +83,7 @@ class Explanation:
         """Everything, as JSON has it: blocks with their parameters and steps, stages, times."""
         found = asdict(self)
         found["weights"], found["kv_per_token"] = self.weights, self.kv_per_token
+        found["state_per_sequence"] = self.state_per_sequence
         if self.estimate is not None:
             for name in ("prefill", "decode"):
                 phase = getattr(self.estimate, name)

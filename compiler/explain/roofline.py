@@ -175,6 +175,7 @@ def _cost(work: Work, load: _Load) -> tuple[float, float]:
     flops = work.flops * tokens + work.attention_flops * load.pairs(work.window)
     read = work.weight_bytes * (1 - (1 - work.chosen) ** tokens)  # of experts, by even routing
     size = read + work.token_bytes * tokens
+    size += 2 * work.state_bytes * (load.tokens // load.new)  # read and written
     return flops, size + (work.kv_bytes * load.kept(work.window) if work.kv_bytes else 0)
 
 

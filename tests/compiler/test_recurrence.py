@@ -111,3 +111,17 @@ def test_an_x_that_is_not_of_tokens_is_refused():
     model = fm.Model("Step", config={}, params=params, forward=forward, sharding={})
     with pytest.raises(TraceError, match=r"has an x that is not of the model's tokens"):
         trace(model)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_explain_counts_states(tp, tmp_path):
+    """Of each sequence: (heads, key, value) and two of (heads, value) in float32, a window."""
+    found = fm.explain(recurrent_model("conv", "delta", "attention", "own"), tp=tp)
+    want = 64 * 3 * 2 + 4 * 8 * 16 * 4 + 2 * 4 * 16 * 4
+    assert found.state_per_sequence == want // tp
+    assert found.to_dict()["state_per_sequence"] == want // tp
+    assert "state/sequence" in str(found)
+    assert "a sequence, however long" in found.to_html(tmp_path / "page.html").read_text()
+    without = fm.explain(recurrent_model("attention"))
+    assert without.state_per_sequence == 0
+    assert "state/sequence" not in str(without)
