@@ -29,7 +29,8 @@ def fold_parts(table: Mapping[str, tuple[str, ...]]) -> Parts:
     out: Parts = []
     for name, kinds in alike.items():
         for key, rows in kinds.items():
-            if columns := _columns(rows):
+            columns = _columns(rows)
+            if len(rows) > 1 and columns is not None:
                 out.append((name, columns, parts[key]))
                 continue
             for at in rows:
@@ -68,7 +69,7 @@ def _filled(name: str, index: Indices) -> str:
 def _columns(rows: list[Indices]) -> tuple[Indices, ...] | None:
     """The values of each index where rows are all of their combinations, in order; else None."""
     columns = tuple(tuple(dict.fromkeys(column)) for column in zip(*rows, strict=True))
-    return columns if rows != [()] and list(product(*columns)) == rows else None
+    return columns if list(product(*columns)) == rows else None
 
 
 def _fold(made: tuple[str, ...], at: Indices) -> Names:

@@ -10,13 +10,14 @@ from math import prod
 from typing import ClassVar
 
 from compiler.emit.scope import Module
-from compiler.emit.text import literal, quoted, table
+from compiler.emit.text import WIDTH, literal, quoted, table
+from compiler.fold_names import Indices, fold_parts
 from compiler.modules import Destination, Plan
 from compiler.taken_apart import TakenApart
 from funcmodels.spec import Model
 
 Stacked = dict[str, tuple[str, "str | int"]]
-Indices = tuple[int, ...]
+_LETTERS = "ijklmnop"
 
 
 @dataclass
@@ -66,22 +67,22 @@ class Loading:
             "",
             "# What of it adapters may change.",
             *_names_table(module, "LORA_TARGETS", self.lora_targets),
-            *self.split_lines(),
+            *self.split_lines(module),
             *self.shared_lines(module),
             *self.expert_lines(module),
         ]
 
-    def split_lines(self) -> list[str]:
+    def split_lines(self, module: Module) -> list[str]:
         """The tables `SPLIT` and `REPEATED`, where there is anything to take apart."""
         if not self.split and not self.repeated:
             return []
         return [
             "",
             "# Tensors that are stacked, and the parts that layers have.",
-            *table("SPLIT", _lists(self.split)),
+            *_parts_table(module, "SPLIT", self.split),
             "",
             "# Tensors that several layers have.",
-            *table("REPEATED", _lists(self.repeated)),
+            *_parts_table(module, "REPEATED", self.repeated),
         ]
 
     def expert_lines(self, module: Module) -> list[str]:
@@ -352,9 +353,59 @@ def _names_table(module: Module, name: str, names: dict[str, tuple[Indices, ...]
     return table(name, rows)
 
 
-def _lists(names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Tensors of the checkpoint, and those that are made of each, as source text."""
-    return {quoted(name): literal(list(made)) for name, made in names.items()}
+def _parts_table(module: Module, name: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Tensors of the checkpoint, and lists of those that are made of each."""
+    lines = []
+    for tensor, columns, parts in fold_parts(names):
+        letters, of = _LETTERS[: len(columns)], _LETTERS[len(columns)]
+        made = []
+        for part, own in parts.items():
+            numbered = part.format(*(f"{{{letter}}}" for letter in letters))
+            over = f"for {of} in {_indices(module, own[0])}" if own else ""
+            made.append((_text(_with_letters(numbered, of)), over))
+        loops = [
+            f"for {letter} in {_indices(module, values)}"
+            for letter, values in zip(letters, columns, strict=True)
+        ]
+        lines += _row(_text(_with_letters(tensor, letters)), made, loops)
+    return (
+        [f"{name} = {{", *(f"    {line}" for line in lines), "}"] if lines else [f"{name} = {{}}"]
+    )
+
+
+def _row(key: str, made: list[tuple[str, str]], loops: list[str]) -> list[str]:
+    """A tensor and what is made of it, each perhaps for some numbers; all that for some too."""
+    if len(made) == 1:
+        row = _opened(f"{key}: [", list(filter(None, made[0])), "]")
+    else:
+        items = [_opened("*(", [text, over], "),") if over else [f"{text},"] for text, over in made]
+        row = _opened(f"{key}: [", [line for item in items for line in item], "]")
+    if loops:
+        return _opened("**{", [*row, *loops], "},")
+    return [*row[:-1], f"{row[-1]},"]
+
+
+def _opened(start: str, inner: list[str], end: str) -> list[str]:
+    """Brackets in one line, or where that is too long in several.
+
+    Here and not by `wrapped`, which takes what is in brackets for a list.
+    """
+    one = f"{start}{' '.join(inner).removesuffix(',')}{end}"
+    if len(one) <= WIDTH - 12 and "*(" not in inner:  # at most three brackets are around it
+        return [one]
+    return [start, *(f"    {line}" for line in inner), end]
+
+
+def _with_letters(name: str, letters: str) -> str:
+    """A name with `{i}` for its first star, and so on."""
+    for letter in letters:
+        name = name.replace("*", f"{{{letter}}}", 1)
+    return name
+
+
+def _text(name: str) -> str:
+    """A string, with a number in it where it has braces."""
+    return f"f{quoted(name)}" if "{" in name else quoted(name)
 
 
 def _indices(module: Module, values: Indices) -> str:

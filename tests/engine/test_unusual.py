@@ -19,7 +19,7 @@ def test_equals_the_pure_function(case, tp, compiled):
 
 
 FAULTS = {
-    "stacked": ('"layers.1.q", "layers.2.q"', '"layers.2.q", "layers.1.q"'),
+    "stacked": ('.q" for i in range(LAYERS)]', '.q" for i in reversed(range(LAYERS))]'),
     "shared": ("* self.scale", "* (self.scale + 0.1)"),
     "mapped": ("torch.tanh(", "torch.sin("),
     "crossed": (".amax(dim, True)", ".amin(dim, True)"),
