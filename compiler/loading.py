@@ -112,6 +112,8 @@ class Loading:
         for name in (*self.helpers, "spelled_out"):
             module.help(name)
         lines = ["    hf_to_vllm_mapper = CheckpointNames(", "        LORA_TARGETS,"]
+        if self.split or self.repeated:
+            lines += ["        SPLIT,", "        REPEATED,"]
         if self.regex or self.ignored:
             module.use("re")
             lines.append("        orig_to_new_regex={")

@@ -113,6 +113,8 @@ class _Planner:
         self.parts: dict[str, list[str]] = {}  # fused module name -> what its parts are called
         apart = program.model.shared if isinstance(program.model, TakenApart) else {}
         self.whole = whole_modules(apart)
+        copies = program.model.repeated if isinstance(program.model, TakenApart) else {}
+        self.copies = {stem(_module(name)) for names in copies.values() for name in names}
 
     def run(self) -> Plan:
         own = {name: name for name in self.program.root.params}
@@ -305,10 +307,10 @@ class _Planner:
         """Let adapters change a matrix, unless their rows would lie otherwise than the layer's.
 
         One that holds several parameters they change as a whole: where the layer is all of it,
-        under its name.
+        under its name. Of copies they would change the one that has the matrix's own name, or none.
         """
         stored, module = re.findall(r"\w+", map_.layout), _module(map_.names[0])
-        if MARK in module and not is_all:
+        if stem(module) in self.copies or (MARK in module and not is_all):
             return
         if all([axis for axis in stored if axis in side] == list(side) for side in sides):
             self.plan.lora_targets.append(stem(module))

@@ -232,10 +232,18 @@ class ModuleNames(WeightsMapper):
     An adapter for anything but `lora_targets` is refused: vLLM would serve without it.
     """
 
-    def __init__(self, renamed: dict, lora_targets: dict) -> None:
+    def __init__(
+        self,
+        renamed: dict,
+        lora_targets: dict,
+        split: dict,
+        repeated: dict,
+    ) -> None:
         super().__init__()
         self.renamed = renamed
         self.lora_targets = lora_targets
+        self.split = split
+        self.repeated = repeated
 
     def map_name(self, key: str) -> str:
         module, of_adapter, _ = key.partition(".lora_")
@@ -243,12 +251,27 @@ class ModuleNames(WeightsMapper):
             raise ValueError(
                 f"this model has no {module} that an adapter could change\n"
                 f"  need: {', '.join(targets[:5])}, or another of {len(targets)} in all\n"
-                "  fix:  name modules in the adapter as the model's checkpoint does"
+                f"  fix:  {self.fix(module)}"
             )
         matches = [(pattern.match(key), new) for pattern, new in self.renamed.items()]
         found = [(match.end(), match.expand(new)) for match, new in matches if match]
         end, renamed = max(found, default=(0, ""))
         return renamed + key[end:]
+
+    def fix(self, module: str) -> str:
+        """What to do about an adapter for a module that is no target."""
+        parts, uses = (
+            tensors.get(module) or tensors.get(f"{module}.weight")
+            for tensors in (self.split, self.repeated)
+        )
+        if uses:
+            return (
+                "merge the adapter into the weights: the model uses this module in "
+                f"{len(uses)} places, and an adapter would change one"
+            )
+        if parts:
+            return f"name what is stacked in this module: {', '.join(parts)}"
+        return "name modules in the adapter as the model's checkpoint does"
 
 
 class CheckpointNames(WeightsMapper):
@@ -257,7 +280,13 @@ class CheckpointNames(WeightsMapper):
     The tensors of a quantised module are named as the module is, and end otherwise.
     """
 
-    def __init__(self, lora_targets: dict, **names) -> None:
+    def __init__(
+        self,
+        lora_targets: dict,
+        split: dict | None = None,
+        repeated: dict | None = None,
+        **names,
+    ) -> None:
         renamed, quantised = {}, {}
         tensors = names.get("orig_to_new_regex", {})
         for pattern, new in tensors.items():
@@ -268,7 +297,7 @@ class CheckpointNames(WeightsMapper):
                 renamed[re.compile(rf"{module}(?=\.|$)")] = new
                 quantised[re.compile(rf"{module}(?=\.{other})")] = new
         super().__init__(**{**names, "orig_to_new_regex": {**tensors, **quantised}})
-        self.modules = ModuleNames(renamed, lora_targets)
+        self.modules = ModuleNames(renamed, lora_targets, split or {}, repeated or {})
 
     def get_rename_mapper(self) -> ModuleNames:
         return self.modules
