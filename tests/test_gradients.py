@@ -63,7 +63,13 @@ def test_gradients_inside_transforms_and_of_what_requires_a_gradient():
 
 
 @pytest.mark.parametrize(
-    ("parts", "how"), [(1, "plain"), (2, "plain"), (4, "plain"), (2, "compiled")]
+    ("parts", "how"),
+    [
+        (1, "plain"),
+        (2, "plain"),
+        (4, "plain"),
+        pytest.param(2, "compiled", marks=pytest.mark.slow),
+    ],
 )
 def test_accumulated_gradients_are_the_whole_batchs(parts, how):
     model, weights, batch = small()

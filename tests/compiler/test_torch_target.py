@@ -105,6 +105,7 @@ def _on_two(rank: int, rendezvous: str, kv_heads: int, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, kv_heads: int):
     mp.spawn(_on_two, (str(tmp_path / "rendezvous"), kv_heads, str(tmp_path)), nprocs=2)

@@ -139,6 +139,7 @@ def test_compiled_forward_and_autograd(compiled, softcap):
     torch.testing.assert_close(grads, grad(loss)(p, *args, softcap=softcap))
 
 
+@pytest.mark.slow
 def test_compiled_gradient_of_any_length_is_compiled_once(compiled):
     p, fast = weights(), compiled(grad(loss))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
