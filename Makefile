@@ -19,7 +19,7 @@ test: lint quick ## lint and the full test suite, real engine included
 	# Alone: the engine's processes are forked from here, and what other modules import comes along.
 	$(PY) -m pytest tests/engine
 
-quick: setup ## the tests without the engine, about two minutes on two cores; vLLM cannot be imported in them
+quick: setup ## the tests without the engine, under three minutes on two cores; vLLM cannot be imported in them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -p tests.no_vllm -m "not engine and not slow" --ignore=tests/engine
 
 lint: setup ## ruff and pyright
