@@ -129,6 +129,12 @@ def _pattern_of_first(call: fx.Node, others: list[list[Any]]) -> list[Any]:
             for source, same, arg in zip(each, fixed, call.args, strict=True)
         ):
             return each
+    for each in others:  # what all are given may be what the first begins with, too
+        if len(each) == len(fixed) and all(
+            isinstance(source, int) or source is arg
+            for source, arg in zip(each, call.args, strict=True)
+        ):
+            return each
     numbers = itertools.count()
     return [a if same else next(numbers) for a, same in zip(call.args, fixed, strict=True)]
 
