@@ -12,8 +12,7 @@ from compiler.ir import MODEL_DTYPE, Block, LocalSize
 from compiler.placement import Shard
 from compiler.recurrence import Recurrence
 from funcmodels import tree
-from funcmodels.ops.recurrent import Carry, by_chunk, by_token, starts_of
-from funcmodels.ops.recurrent_layout import Layout
+from funcmodels.ops.recurrent import Carry, scan
 from funcmodels.state import Slot, State
 
 
@@ -72,18 +71,8 @@ def run_recurrence(
         sizes = {"num_tokens": some[0]} if is_flat else {"batch": some[0], "seq": some[1]}
         return on(found.chunked, carry, x, sizes)
 
-    dims = 0 if is_flat else 1
-    carry = state.initial(tuple(xs[0][0].shape[:dims]), xs[0][0].device)
-    starts = None if segment_ids is None else starts_of(segment_ids)
-    if found.chunked is None:
-        return by_token(step, state, carry, xs, dims, starts)[1]
-    if starts is None:
-        return by_chunk(chunked, state, carry, xs, dims, found.chunk)[1]
-    layout = Layout.of(starts, found.chunk)
-    ys = by_chunk(
-        chunked, state, carry, tree.map(layout.spread, xs), dims, found.chunk, layout.begins
-    )[1]
-    return tree.map(layout.collect, ys)
+    form = None if found.chunked is None else chunked
+    return scan(step, form, state, xs, found.seq_dims, found.chunk, segment_ids)
 
 
 def _of_ranks(found: Recurrence, evaluator: Evaluator) -> State:

@@ -75,7 +75,7 @@ def _shape(scope: Scope, shape: Any, at: Any, lead: int = 0) -> str:
     if isinstance(at, Shard):
         dim = at.dim - lead
         sizes[dim] = scope.local_size(LocalSize(at.units, shape[dim] // at.units, at.axis, "tp"))
-    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+    return _tuple(sizes)
 
 
 def _dtype(scope: Scope, dtype: Any) -> str:
@@ -83,6 +83,11 @@ def _dtype(scope: Scope, dtype: Any) -> str:
         return "vllm_config.model_config.dtype"
     scope.module.use("torch")
     return literal(dtype)
+
+
+def _tuple(items: list[str]) -> str:
+    """The text of a tuple of expressions."""
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
 def state_lines(module: Module, program: Partitioned) -> list[str]:
@@ -130,9 +135,9 @@ def _kind(program: Partitioned, node: fx.Node) -> tuple[str, str]:
         if isinstance(at, Shard):
             assert exact.divides(at.axis, at.units)
             sizes[at.dim] = f"{slot.shape[at.dim]} // tp_size"
-        shapes.append(f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})")
+        shapes.append(_tuple(sizes))
     dtypes = [
         "vllm_config.model_config.dtype" if slot.dtype is MODEL_DTYPE else str(slot.dtype)
         for _, slot in found.slots
     ]
-    return tuple(f"({', '.join(x)}{',' if len(x) == 1 else ''})" for x in (shapes, dtypes))  # type: ignore[return-value]
+    return _tuple(shapes), _tuple(dtypes)

@@ -77,18 +77,30 @@ def recurrent(
         )
     dims = batch_dims_of(step, state, xs, segment_ids, params)
     step, chunked = given(step, params), chunked and given(chunked, params)
+    return scan(step, chunked, state, xs, dims, chunk, segment_ids)
+
+
+def scan(
+    step: Step,
+    chunked: Step | None,
+    state: State,
+    xs: Any,
+    dims: int,
+    chunk: int,
+    segment_ids: Tensor | None,
+) -> Any:
+    """Every y, by the chunked form where there is one; leaves have `dims` dims before seq."""
     carry = initial(state, xs, dims)
-    chunk = min(chunk, tree.leaves(xs)[0].shape[dims])
+    starts = None if segment_ids is None else starts_of(segment_ids)
     if chunked is None:
-        starts = None if segment_ids is None else starts_of(segment_ids)
         return by_token(step, state, carry, xs, dims, starts)[1]
-    if segment_ids is None:
+    chunk = min(chunk, tree.leaves(xs)[0].shape[dims])
+    if starts is None:
         return by_chunk(chunked, state, carry, xs, dims, chunk)[1]
-    layout = Layout.of(starts_of(segment_ids), chunk)
+    layout = Layout.of(starts, chunk)
     spread = tree.map(layout.spread, xs)
-    return tree.map(
-        layout.collect, by_chunk(chunked, state, carry, spread, dims, chunk, layout.begins)[1]
-    )
+    _, ys = by_chunk(chunked, state, carry, spread, dims, chunk, layout.begins)
+    return tree.map(layout.collect, ys)
 
 
 def given(fn: Step, params: Any) -> Step:
