@@ -233,11 +233,15 @@ _c10d = torch.ops._c10d_functional  # what torch.compile knows: a start, and a w
 
 
 class Processes(Comm):
-    """One rank a process, over a process group of torch.distributed."""
+    """One rank a process, over a process group of torch.distributed, known by its name.
+
+    The group itself is not kept: a model lives in reference cycles, and a group in one of them
+    outlives `destroy_process_group` with its threads, which can abort a process as it ends.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_world_size(group), [dist.get_rank(group)])
-        self.group = group
+        self.group = group.group_name
 
     @property
     def rank(self) -> int:
@@ -283,16 +287,15 @@ class Processes(Comm):
 
     def start_total(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
-        return _c10d.all_reduce(x.contiguous(), "sum", self.group.group_name)
+        return _c10d.all_reduce(x.contiguous(), "sum", self.group)
 
     def start_gather(self, x: Tensor) -> Tensor:
         """Every rank's x, one after the other along the first dim."""
-        return _c10d.all_gather_into_tensor(x.contiguous(), self.size, self.group.group_name)
+        return _c10d.all_gather_into_tensor(x.contiguous(), self.size, self.group)
 
     def start_scatter(self, x: Tensor) -> Tensor:
         """The own one of equal blocks along the first dim of the sum over the ranks."""
-        name = self.group.group_name
-        return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", self.size, name)
+        return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.group)
 
 
 def wait(x: Tensor) -> Tensor:

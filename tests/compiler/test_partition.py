@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings
 
 import funcmodels as fm
@@ -29,6 +26,8 @@ from tests.compiler.programs import (
     weights_of,
 )
 from tests.compiler.random_programs import Spec, model_of, specs
+from tests.distributed.ranks import mesh_of
+from tests.distributed.ranks import on_ranks as on_processes
 from tests.tiny_llama import tiny
 
 RANKS = (1, 2, 3, 4)
@@ -173,32 +172,25 @@ def test_strict_refuses_with_the_line():
 # Over torch.distributed
 
 
-def _worker(rank: int, folder: str, model_args: dict) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    try:
-        model = tiny(**model_args)
-        local = partition(trace(model))
-        comm = Processes(dist.group.WORLD)
-        weights, (tokens, positions) = weights_of(model), inputs_of(6)
-        shards = {
-            path: [v.detach().clone().requires_grad_() for v in values]
-            for path, values in evaluate.local_weights(local, weights, comm).items()
-        }
-        (logits,) = evaluate.run(local, shards, tokens, positions, comm)
-        names, leaves = zip(*((p, v[0]) for p, v in shards.items()), strict=True)
-        grads = torch.autograd.grad(logits.square().sum(), leaves)
-        torch.save((logits.detach(), dict(zip(names, grads, strict=True))), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _process(model_args: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = tiny(**model_args)
+    local = partition(trace(model))
+    comm = Processes(mesh_of(tp=2).get_group("tp"))
+    weights, (tokens, positions) = weights_of(model), inputs_of(6)
+    shards = {
+        path: [v.detach().clone().requires_grad_() for v in values]
+        for path, values in evaluate.local_weights(local, weights, comm).items()
+    }
+    (logits,) = evaluate.run(local, shards, tokens, positions, comm)
+    names, leaves = zip(*((p, v[0]) for p, v in shards.items()), strict=True)
+    grads = torch.autograd.grad(logits.square().sum(), leaves)
+    return logits.detach(), dict(zip(names, grads, strict=True))
 
 
 @pytest.mark.slow
-def test_processes_equal_simulated_ranks(tmp_path: Path):
+def test_processes_equal_simulated_ranks():
     args = {"vocab_size": 96, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    mp.start_processes(_worker, (str(tmp_path), args), nprocs=2, start_method="spawn")
+    found = on_processes(2, _process, args)
     model = tiny(**args)
     local = partition(trace(model))
     weights, (tokens, positions) = weights_of(model), inputs_of(6)
@@ -210,7 +202,6 @@ def test_processes_equal_simulated_ranks(tmp_path: Path):
     logits = evaluate.run(local, shards, tokens, positions, comm)
     leaves = [v for values in shards.values() for v in values]
     grads = iter(torch.autograd.grad(sum(one.square().sum() for one in logits), leaves))
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank in range(2):
         torch.testing.assert_close(found[rank][0], logits[rank].detach())
     for path in shards:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 import funcmodels as fm
 from funcmodels.errors import ShapeError, ShardingError
 from tests import tiny_llama
+from tests.distributed.ranks import mesh_of, on_ranks
 
 
 def tiny(**changes: Any) -> fm.Model:
@@ -78,12 +79,9 @@ def test_state_dict_round_trip():
     torch.testing.assert_close(other(tokens), module(tokens), rtol=0, atol=0)
 
 
-def _on_two(rank: int, rendezvous: str, kv_heads: int, out: str) -> None:
-    """One of two processes: the loss, and every gradient, by autograd and by torch.func."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    module = fm.compile_to_torch(tiny(num_key_value_heads=kv_heads), mesh).reset(seed=3)
+def _on_two(kv_heads: int) -> dict[str, Any]:
+    """On one of two processes: the loss, and every gradient, by autograd and by torch.func."""
+    module = fm.compile_to_torch(tiny(num_key_value_heads=kv_heads), mesh_of(tp=2)).reset(seed=3)
     tokens, positions, segments = batch()
     loss = loss_of(module(tokens, positions, segments), tokens)
     loss.backward()
@@ -93,22 +91,17 @@ def _on_two(rank: int, rendezvous: str, kv_heads: int, out: str) -> None:
 
     plain = fm.tree.map(lambda p: p.detach(), module.weights())
     functional = dict(fm.tree.items(torch.func.grad(loss_fn)(plain)))
-    torch.save(
-        {
-            "loss": loss.detach(),
-            "grads": {name: p.grad for name, p in module.named_parameters()},
-            "functional": functional,
-            "flat": module(tokens[0]).detach(),
-        },
-        f"{out}/{rank}.pt",
-    )
-    dist.destroy_process_group()
+    return {
+        "loss": loss.detach(),
+        "grads": {name: p.grad for name, p in module.named_parameters()},
+        "functional": functional,
+        "flat": module(tokens[0]).detach(),
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path, kv_heads: int):
-    mp.spawn(_on_two, (str(tmp_path / "rendezvous"), kv_heads, str(tmp_path)), nprocs=2)
+def test_two_processes_give_the_gradients_of_one(kv_heads: int):
     model = tiny(num_key_value_heads=kv_heads)
     weights = fm.init(model, seed=3)
     tokens, positions, segments = batch()
@@ -117,8 +110,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, kv_heads: int):
         return loss_of(model.forward(weights, tokens, positions, segments), tokens)
 
     grads, loss = torch.func.grad_and_value(loss_fn)(weights)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for rank, found in enumerate(on_ranks(2, _on_two, kv_heads)):
         torch.testing.assert_close(found["loss"], loss)
         flat = model.forward(weights, tokens[0], torch.arange(9))
         torch.testing.assert_close(found["flat"], flat, rtol=1e-5, atol=1e-5)
@@ -138,7 +130,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, kv_heads: int):
                 )
 
 
-def test_a_mesh_that_does_not_divide_is_refused(tmp_path: Path):
+def test_a_mesh_that_does_not_divide_is_refused():
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=3)
     try:
         mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("tp",))
@@ -162,3 +154,20 @@ def test_three_dims_of_tokens_are_refused_on_a_mesh():
             module(torch.zeros(1, 2, 3, dtype=torch.int64))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_process_group_goes_with_its_module():
+    """One left in a reference cycle would keep its threads while the process ends."""
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    module = fm.compile_to_torch(tiny(), mesh).reset(seed=0)
+    module(torch.arange(5))  # now linked
+    group = weakref.ref(mesh.get_group("tp"))
+    gc.disable()
+    try:
+        dist.destroy_process_group()
+        assert group() is not None
+        del mesh, module
+        assert group() is None
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def _process(rank: int, n: int, folder: str, fn: Callable[..., Any], args: tuple
         torch.save(fn(*args), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+        gc.collect()  # threads of a group in some cycle, gone before the interpreter is
 
 
 def mesh_of(**sizes: int) -> DeviceMesh:
