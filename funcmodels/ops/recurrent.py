@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def recurrent(
     chunked: Step | None = None,
     chunk: int = CHUNK,
     segment_ids: Int[Tensor, "*batch seq"] | None = None,
+    kernel: str | None = None,
 ) -> Any:
     """A scan over the tokens of each sequence: (state, x) -> (state, y), from the declared state.
 
@@ -54,6 +55,8 @@ def recurrent(
             the state is the one before the first of them, and the one returned that after the last.
         chunk: tokens that `chunked` is given at most.
         segment_ids: documents of packed rows, or None for one document in each row.
+        kernel: what computes the same on the engine's own states, one of
+            `compiler.recurrent_kernels`; the ready-made forms have one.
     Returns:
         The pytree of y: (*batch, seq, ...).
     Raises:
@@ -74,6 +77,7 @@ def recurrent(
             chunked=chunked,
             chunk=chunk,
             segment_ids=segment_ids,
+            kernel=kernel,
         )
     dims = batch_dims_of(step, state, xs, segment_ids, params)
     step, chunked = given(step, params), chunked and given(chunked, params)
@@ -132,10 +136,10 @@ def by_token(
 ) -> tuple[Carry, Any]:
     """The state after all tokens, and every y: one step a token, anew where `starts` is true."""
     ys = []
-    for t in range(tree.leaves(xs)[0].shape[dims]):
+    for t, x in enumerate(_parts(xs, lambda x: x.unbind(dims))):
         if starts is not None:
             carry = reset(state, carry, starts[..., t])
-        carry, y = step(carry, tree.map(lambda x, t=t: x.select(dims, t), xs))
+        carry, y = step(carry, x)
         if t == 0:
             check_state(step, state, carry)
         ys.append(y)
@@ -153,17 +157,26 @@ def by_chunk(
 ) -> tuple[Carry, Any]:
     """As `by_token`, with several tokens at once; `begins` is true of chunks that begin anew."""
     ys = []
-    seq = tree.leaves(xs)[0].shape[dims]
-    for i, at in enumerate(range(0, seq, chunk)):
-        n = min(chunk, seq - at)
+    for i, x in enumerate(_parts(xs, lambda x: x.split(chunk, dims))):
         if begins is not None:
             carry = reset(state, carry, begins[..., i])
-        carry, y = chunked(carry, tree.map(lambda x, at=at, n=n: x.narrow(dims, at, n), xs))
+        carry, y = chunked(carry, x)
         if i == 0:
             check_state(chunked, state, carry)
-            check_chunk(chunked, y, dims, n)
+            check_chunk(chunked, y, dims, tree.leaves(x)[0].shape[dims])
         ys.append(y)
     return carry, tree.map(lambda *y: torch.cat(y, dim=dims), *ys)
+
+
+def _parts(xs: Any, cut: Callable[[Tensor], Any]) -> Iterator[Any]:
+    """The pytrees of the parts that every leaf is cut in.
+
+    All at once: the gradient of a slice is as long as the whole, and there would be one a part.
+    """
+    leaves = [cut(leaf) for leaf in tree.leaves(xs)]
+    for parts in zip(*leaves, strict=True):
+        rest = iter(parts)
+        yield tree.map(lambda x, rest=rest: next(rest), xs)
 
 
 def reset(state: State, carry: Carry, where: Tensor) -> Carry:
