@@ -92,7 +92,7 @@ def part_of(layout: str, sizes: Mapping[str, int], path: str, where: object) -> 
     dims = [(group or single).split() for group, single in groups]
     dim = next(i for i, axes in enumerate(dims) if axis in axes)
     after = dims[dim][dims[dim].index(axis) + 1 :]
-    return Part(start, stop, period, dim, prod(sizes[a] for a in after))
+    return Part(start, stop, period, dim, prod(sizes[a] for a in after if a != "1"))
 
 
 def check_shared(name: str, sharing: Mapping[str, TensorMap], where: object) -> None:

@@ -9,6 +9,8 @@ is then spread over several tensors (`experts.{experts}.w1.weight`). Several par
 tensor as parts of one dim, see `funcmodels.parts`:
 
     model.layers.{layers}.self_attn.qkv_proj.weight: (heads[0:32/48] head_dim) hidden
+
+A `1` is a dim of one element, as a convolution's weight of each channel has: `channels 1 width`.
 """
 
 from __future__ import annotations
@@ -178,13 +180,13 @@ def _braces(
 @functools.lru_cache(maxsize=4096)
 def _layout_axes(layout: str) -> tuple[str, ...]:
     """The axis names of an einops pattern, in order."""
-    return tuple(re.findall(r"\w+", layout))
+    return tuple(axis for axis in re.findall(r"\w+", layout) if axis != "1")
 
 
 @functools.lru_cache(maxsize=4096)
 def _layout_shape(layout: str, sizes: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
     """The shape of an einops pattern, with each group's sizes multiplied."""
-    size = dict(sizes)
+    size = {"1": 1, **dict(sizes)}
     groups = re.findall(r"\(([^)]*)\)|(\w+)", layout)
     shape = []
     for group, single in groups:

@@ -89,6 +89,28 @@ def test_torch_linear_layout():
     assert not map_.is_identity
 
 
+def test_a_dim_of_one_element():
+    map_ = tensor_map("conv.weight: channels 1 width", "w", ("channels", "width"), (3, 4), "here")
+    value = torch.randn(3, 4)
+    [stored] = map_.from_param(value)
+    assert torch.equal(stored, value[:, None])
+    assert map_.tensor_shape() == stored.shape
+    assert torch.equal(map_.to_param([stored]), value)
+    filled = torch.empty_like(value)
+    map_.fill(filled, 0, stored)
+    assert torch.equal(filled, value)
+
+
+def test_a_part_of_dims_of_one_element():
+    maps = [
+        tensor_map(f"conv.weight: c[{at}:{at + n}/5] 1 width", "w", ("c", "width"), (n, 4), "here")
+        for at, n in ((0, 2), (2, 3))
+    ]
+    whole = torch.randn(5, 1, 4)
+    assert [m.tensor_shape() for m in maps] == [(5, 1, 4)] * 2
+    assert torch.equal(torch.cat([m.to_param([whole]) for m in maps]), whole[:, 0])
+
+
 def qkv(q: str, k: str) -> fm.Model:
     """A model of two parameters that share a tensor, with these layouts."""
     P = fm.axes(heads=6, kv_heads=2, head_dim=3, hidden=4)
