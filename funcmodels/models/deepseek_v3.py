@@ -96,19 +96,24 @@ class Config(hf_config.ZooConfig):
         return {"n_routed_experts": hf.get("num_local_experts"), **hf}
 
 
-def params(cfg: Config) -> dict[str, Any]:
-    """The parameters of a DeepSeek-V2, and the bias of each router, which stays in float32."""
-    P = fm.axes(experts=cfg.n_routed_experts)
+def router_bias(P: Any) -> Any:
+    """The bias by which experts are chosen; in float32, whatever the checkpoint's dtype."""
     name = "model.layers.{layers}.mlp.gate.e_score_correction_bias"
+    return P("experts", init="zeros", dtype=torch.float32, hf=name)
+
+
+def params(cfg: Config) -> dict[str, Any]:
+    """The parameters of a DeepSeek-V2, and the bias of each router."""
+    P = fm.axes(experts=cfg.n_routed_experts)
     tree = deepseek_v2.params(cfg)
     for layer in tree["layers"]:
         if "router" in layer["mlp"]:
-            layer["mlp"]["bias"] = P("experts", init="zeros", dtype=torch.float32, hf=name)
+            layer["mlp"]["bias"] = router_bias(P)
     return tree
 
 
 @fm.block
-def mixture(p: Any, x: Tensor, cfg: Config):
+def mixture(p: Any, x: Tensor, cfg: Any):
     """Each token by its k experts, and by those that all share: (*batch, seq, hidden) -> same."""
     logits = einsum(x.float(), p["router"].float(), "... e, x e -> ... x")
     scores = logits.sigmoid()  # (*batch, seq, experts), float32

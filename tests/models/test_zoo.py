@@ -173,7 +173,7 @@ def test_tensors_are_written_back_bit_identical(name, tmp_path):
     for key, value in ours.items():
         want = theirs[key].to(dtypes.get(key, torch.bfloat16))
         assert value.dtype == want.dtype
-        assert theirs[key].dtype == torch.bfloat16
+        assert theirs[key].dtype in (torch.bfloat16, value.dtype)
         assert torch.equal(value.view(torch.int16), want.view(torch.int16)), key
     again = fm.load_model(tmp_path / "ours")
     assert again.config == model.config
@@ -237,7 +237,7 @@ def test_a_missing_size_is_refused(name):
     row = ROWS[name]
     layers = next(field for field in ("num_hidden_layers", "n_layer") if field in row.hf)
     with pytest.raises(ConfigError, match=rf"need: +{layers}"):
-        row.zoo.Config.from_hf(row.fields(**{layers: None}))
+        row.zoo.Config.from_hf({**row.hf, layers: None})
 
 
 @EVERY_ROW
