@@ -8,8 +8,9 @@ Papers: GLM-4.5, arXiv:2508.06471; the experts are those of DeepSeek-V3, arXiv:2
 
 Checked with: tiny random `transformers` models for each feature above; the configs of GLM-4.5 and
 GLM-4.5-Air. Published weights were not run.
-Not supported: quantised checkpoints, the layer that predicts a further token (its tensors are passed
-over), attention dropout, activations but SiLU. The bias is moved by the training, by no gradient.
+Not supported: quantised checkpoints, the layer that predicts a further token (its tensors are
+passed over), attention dropout, activations but SiLU. The bias is moved by the training, by no
+gradient.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ SHARED: dict[str, Any] = {
     "topk_group": 1,
     "vocab_size": 151552,
 }
-# The checkpoints hold 358_337_791_296 and 110_468_824_832, with a layer that predicts a further token:
-# 5_539_962_272 and 3_616_573_568 with its copies of the embedding and of the head.
+# The checkpoints hold 358_337_791_296 and 110_468_824_832: in them is a layer that predicts a
+# further token, 5_539_962_272 and 3_616_573_568 with its copies of the embedding and of the head.
 PUBLISHED = {
     "GLM-4.5": Published(
         SHARED
