@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from compiler.comm import Processes, wait
 from compiler.mesh import Cut
+from funcmodels.remat import remat
 
 Tensors = list[Tensor]
 
@@ -156,7 +157,7 @@ class Unit:
         fn: `fn(*sizes, *inputs, *params) -> tuple`, of whole parameters.
         gather: for its parameters.
         following: the unit that runs after it; None for the last.
-        recomputed: keep nothing of the forward, and run it again in the backward.
+        recomputed: keep nothing of the forward but its inputs, and run it again in the backward.
     """
 
     def __init__(
@@ -185,6 +186,12 @@ class Unit:
 
     def plain(self, sizes: tuple[int, ...], inputs: Tensors, shards: Tensors) -> tuple[Tensor, ...]:
         """The same as operations that every transform follows."""
+        run = remat(self._plain) if self.recomputed else self._plain
+        return run(sizes, inputs, shards)
+
+    def _plain(
+        self, sizes: tuple[int, ...], inputs: Tensors, shards: Tensors
+    ) -> tuple[Tensor, ...]:
         return self.fn(*sizes, *inputs, *self.gather(shards))
 
 

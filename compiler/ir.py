@@ -89,6 +89,7 @@ class Block:
         params: its parameters by their names in the block.
         static: the non-tensor arguments it was called with, for printing.
         function: the user's function.
+        remat: whether a training step computes what is inside again, and does not keep it.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Block:
     params: dict[str, Param]
     static: dict[str, Any] = field(default_factory=dict)
     function: Callable[..., Any] | None = None
+    remat: bool = False
 
     @property
     def inputs(self) -> list[fx.Node]:

@@ -23,6 +23,7 @@ from compiler.names import identifier
 from compiler.recurrence import Recurrence, recurrence
 from compiler.rules import LocalValues
 from compiler.run_recurrence import run_recurrence
+from funcmodels.remat import remat
 
 Function = Callable[..., Any]
 
@@ -53,7 +54,15 @@ class Linker:
         self.done: dict[str, Function] = {}  # by the block's name
 
     def block(self, name: str) -> Function:
-        """A callee as `f(*sizes, *inputs, *params)`, which returns a tuple of its results."""
+        """A callee as `f(*sizes, *inputs, *params)`, which returns a tuple of its results.
+
+        It computes its values again in a backward pass, where the user's block does.
+        """
+        fn = self.kept(name)
+        return remat(fn) if self.program.blocks[name].remat else fn
+
+    def kept(self, name: str) -> Function:
+        """A callee of which a backward pass has all values, whatever the user's block does."""
         if name not in self.done:
             self.done[name] = self.function(self.program.blocks[name])
         return self.done[name]

@@ -17,16 +17,21 @@ from compiler.link import Linker, Setting
 from compiler.mesh import Layout
 from compiler.parts import Part, parts_of
 from compiler.reduce import landed
+from funcmodels.remat import remat
 
 
 @dataclass(eq=False)
 class Step:
-    """One part as it runs: which values it takes and makes, by their slots, and its parameters."""
+    """One part as it runs: which values it takes and makes, by their slots, and its parameters.
+
+    `recomputed`: whether a backward pass computes its values again.
+    """
 
     fn: Callable[..., tuple[Tensor, ...]]
     inputs: list[int]
     results: list[int]  # -1 where nothing reads one
     paths: list[str]
+    recomputed: bool = False
     done_with: list[int] = field(default_factory=list)
     unit: Unit | None = None
     ahead: list[str] = field(default_factory=list)  # the parameters of the next unit
@@ -58,13 +63,19 @@ class Linked:
             self._make_units(self.fsdp, layout)
 
     def _step(self, linker: Linker, part: Part) -> Step:
-        fn = linker.block(part.block.name) if part.is_call else linker.function(part.block)
+        if not part.is_call:
+            fn = linker.function(part.block)
+        elif self.fsdp is not None:  # what is computed again is the unit, its gather included
+            fn = linker.kept(part.block.name)
+        else:
+            fn = linker.block(part.block.name)
         inputs = [self.slots[node] for node in part.inputs]
         for node in part.results:
             if node is not None:
                 self.slots[node] = len(self.slots)
         results = [-1 if node is None else self.slots[node] for node in part.results]
-        return Step(fn, inputs, results, [part.params[name] for name in part.block.params])
+        paths = [part.params[name] for name in part.block.params]
+        return Step(fn, inputs, results, paths, recomputed=part.block.remat)
 
     def _drop_after_use(self) -> None:
         """Say after which step each value is needed no more."""
@@ -79,13 +90,16 @@ class Linked:
         following: Step | None = None
         for step in reversed(self.steps):
             if not step.paths:
+                if step.recomputed:
+                    step.fn = remat(step.fn)
                 continue
             paths = list(dict.fromkeys(step.paths))
             fn, step.paths = _each_once(step.fn, step.paths, paths), paths
             cuts = [layout.cuts.get(path) for path in paths]
             # The sum of two gradients that are on their way would be a sum of nothing.
             gather = Gather(comm, cuts, [used[path] == 1 for path in paths])
-            step.unit = Unit(fn, gather, following.unit if following else None)
+            after = following.unit if following else None
+            step.unit = Unit(fn, gather, after, recomputed=step.recomputed)
             step.ahead = following.paths if following else []
             following = step
 

@@ -8,7 +8,7 @@ in between. Sizes stay symbolic in the number of ranks: one partitioned program 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class _Partitioner:
             taken = {b.name for b, _ in self.done.values()}
             graph, results = _BlockPartitioner(self, block, inputs, root).run()
             name = unique(block.name, taken)
-            local = Block(name, graph, block.params, block.static, block.function)
+            local = replace(block, name=name, graph=graph)
             self.done[key] = (local, results)
         return self.done[key]
 

@@ -410,7 +410,7 @@ class _Tracer(TorchFunctionMode):
 
     # Blocks
 
-    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict, *, remat: bool) -> Any:
         """Record a block the first time it is called in this way, and a call of it every time."""
         self._check_branches()
         if transforms.is_transforming():  # no module is called on tensors of a transform
@@ -418,9 +418,9 @@ class _Tracer(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with torch._C.DisableTorchFunction():  # looking at shapes is no operation of the model
             described = tuple(self._describe(leaf, fn) for leaf in leaves)
-        key = (fn, spec, described, _aliases(leaves), surroundings(fn))
+        key = (fn, remat, spec, described, _aliases(leaves), surroundings(fn))
         if key not in self.recorded:
-            self.recorded[key] = self._record(fn, leaves, spec)
+            self.recorded[key] = self._record(fn, leaves, spec, remat)
         with torch._C.DisableTorchFunction():
             return self._call_of(self.recorded[key], fn, leaves)
 
@@ -539,7 +539,9 @@ class _Tracer(TorchFunctionMode):
             raise refuse.unhashable(leaf, fn) from None
         return found
 
-    def _record(self, fn: Callable[..., Any], leaves: list[Any], spec: Any) -> _Recorded:
+    def _record(
+        self, fn: Callable[..., Any], leaves: list[Any], spec: Any, remat: bool = False
+    ) -> _Recorded:
         """Run a block's function once, on the tensors of its first call."""
         scope = _Scope()
         self.scopes.append(scope)
@@ -559,7 +561,7 @@ class _Tracer(TorchFunctionMode):
         self.scopes.pop()
         taken = {r.block.name for r in self.recorded.values()} | {"forward"}
         name = unique(identifier(refuse.name_of(fn)), taken)
-        block = Block(name, scope.graph, scope.params, static, fn)
+        block = Block(name, scope.graph, scope.params, static, fn, remat)
         name_by_users_variables(block)
         return _Recorded(block, tensors, out, out_spec)
 

@@ -18,7 +18,9 @@ class Tracer(Protocol):
     One that has a method `call_recurrence` is given each `ops.recurrent` whole.
     """
 
-    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any: ...
+    def call_block(
+        self, fn: Callable[..., Any], args: tuple, kwargs: dict, *, remat: bool
+    ) -> Any: ...
 
 
 # The tracer at work, or None: then a block is its function and nothing else.
@@ -53,7 +55,7 @@ def block(fn: Any = None, *, remat: bool = False) -> Any:
         if _tracer is None:
             return run(*args, **kwargs)
         with deferring(False):  # the results of a module are tensors
-            return _tracer.call_block(fn, args, kwargs)
+            return _tracer.call_block(fn, args, kwargs, remat=remat)
 
     return call
 

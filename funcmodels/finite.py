@@ -70,7 +70,7 @@ class _Watch(Tracer):
     calls: list[str] = field(default_factory=list)
     found: tuple[str, str | None] | None = None
 
-    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict, *, remat: bool) -> Any:
         self.calls.append(fn.__name__)
         number = self.calls.count(fn.__name__)
         output = fn(*args, **kwargs)
