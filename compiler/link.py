@@ -23,6 +23,7 @@ from compiler.names import identifier
 from compiler.recurrence import Recurrence, recurrence
 from compiler.rules import LocalValues
 from compiler.run_recurrence import run_recurrence
+from funcmodels.finite import watching
 from funcmodels.remat import remat
 
 Function = Callable[..., Any]
@@ -64,7 +65,8 @@ class Linker:
     def kept(self, name: str) -> Function:
         """A callee of which a backward pass has all values, whatever the user's block does."""
         if name not in self.done:
-            self.done[name] = self.function(self.program.blocks[name])
+            block = self.program.blocks[name]
+            self.done[name] = _watched(block, self.function(block))
         return self.done[name]
 
     def function(self, block: Block) -> Function:
@@ -212,6 +214,18 @@ def _collective(comm: Processes | None, target: Any, args: tuple) -> Function:
     if comm is None:
         return _named(lambda x: x, target.__name__)
     return _named(lambda x: comm.run(target, [x], args)[0], target.__name__)
+
+
+def _watched(block: Block, run: Function) -> Function:
+    """A block's function, at whose calls `fm.fit` can look as at those of the user's."""
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        watch = watching()
+        if watch is None or block.function is None:
+            return run(*args)
+        return watch.around(block.function, args, lambda: run(*args))
+
+    return call
 
 
 def _first(results: tuple[Tensor, ...]) -> Tensor:

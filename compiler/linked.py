@@ -17,6 +17,7 @@ from compiler.link import Linker, Setting
 from compiler.mesh import Layout
 from compiler.parts import Part, parts_of
 from compiler.reduce import landed
+from funcmodels.finite import watching
 from funcmodels.remat import remat
 
 
@@ -75,7 +76,7 @@ class Linked:
                 self.slots[node] = len(self.slots)
         results = [-1 if node is None else self.slots[node] for node in part.results]
         paths = [part.params[name] for name in part.block.params]
-        return Step(fn, inputs, results, paths, recomputed=part.block.remat)
+        return Step(_telling(fn, paths), inputs, results, paths, recomputed=part.block.remat)
 
     def _drop_after_use(self) -> None:
         """Say after which step each value is needed no more."""
@@ -151,6 +152,19 @@ class Linked:
                     values[i] = value
             for i in step.done_with:
                 values[i] = None
+
+
+def _telling(fn: Callable[..., Any], paths: list[str]) -> Callable[..., tuple[Tensor, ...]]:
+    """A part that says which parameters it was given, to what looks at it for `fm.fit`."""
+
+    def of(*args: Any) -> tuple[Tensor, ...]:
+        watch = watching()
+        if watch is not None:
+            params = args[len(args) - len(paths) :]
+            watch.paths = dict(zip(map(id, params), paths, strict=True))
+        return fn(*args)
+
+    return of
 
 
 def _each_once(

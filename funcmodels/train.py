@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from funcmodels import optim, tree
-from funcmodels.finite import not_finite_gradients, refuse
+from funcmodels.finite import refuse
 from funcmodels.gradients import accumulate, grad_and_value
 from funcmodels.precision import cast
 from funcmodels.spec import Model
@@ -138,15 +138,12 @@ def fit(
             place, batch = source.position, to_device(source.next(), device)
             drawn = torch.get_rng_state()
             grads, value = gradients(done.weights, batch)
-            norm, value = float(job.norm(grads)), float(value)
+            norm, value = float(job.norm(grads, value)), float(value)
             if not (math.isfinite(value) and math.isfinite(norm)):
                 if keeper is not None:
                     keeper.wait()
                 torch.set_rng_state(drawn)  # the second run draws what the first one drew
-                if math.isfinite(value):
-                    cause = not_finite_gradients(grads), None
-                else:
-                    cause = job.why(done.weights, batch, loss_of)
+                cause = job.why(value, grads, done.weights, batch, loss_of)
                 what = f"the loss ({value}) or the gradient ({norm}) is not finite"
                 raise refuse(what, done.step, batch, place, cause)
             if clip is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,13 @@ from torch import Tensor
 
 from funcmodels import tree
 from funcmodels.errors import TrainingError
-from funcmodels.finite import first_not_finite, is_finite
+from funcmodels.finite import (
+    Found,
+    first_not_finite,
+    not_finite_gradients,
+    of_gradients,
+    why_not_finite,
+)
 from funcmodels.loss import loss
 from funcmodels.optim import Optimizer, global_norm
 from funcmodels.spec import Model
@@ -31,23 +37,24 @@ class Job:
     Args:
         model: the declarations.
         loss: (what `fit` was given, weights, batch) -> the mean over all processes.
-        norm: gradients -> the norm of all of them, on all processes.
-        why: (weights, batch, loss) -> what is not finite first, and the line.
+        norm: (gradients, loss) -> the norm of all of them, on all processes; on several, no number
+            where any one's loss is none.
+        why: (loss's value, gradients, weights, batch, loss) -> what is not finite first.
         places: the parts of whole tensors that this process holds, for checkpoints.
         batches: how many batches a step is made of.
     """
 
     model: Model
     loss: Callable[[Any, Any, Any], Tensor]
-    norm: Callable[[Any], Tensor]
-    why: Callable[..., tuple[str, str | None]]
+    norm: Callable[[Any, Tensor], Tensor]
+    why: Callable[..., Found]
     places: dict[str, Place] = field(default_factory=dict)
     batches: int = 1
 
 
 def one_process(model: Model) -> Job:
     """All is here."""
-    return Job(model, loss, global_norm, first_not_finite)
+    return Job(model, loss, lambda grads, _: global_norm(grads), why_not_finite)
 
 
 def on_mesh(module: CompiledModel, optimizer: Optimizer, done: Fitted) -> Job:
@@ -61,9 +68,9 @@ def on_mesh(module: CompiledModel, optimizer: Optimizer, done: Fitted) -> Job:
         module.model,
         module_loss,
         norm_over(module),
-        parameter_not_finite,
+        why_on_mesh,
         places_of(module, done.state),
-        prod(comm.size for comm in module.ranks.of_data) if module.ranks is not None else 1,
+        math.prod(comm.size for comm in module.ranks.of_data) if module.ranks is not None else 1,
     )
 
 
@@ -111,32 +118,49 @@ def places_of(module: CompiledModel, state: Any) -> dict[str, Place]:
     return found
 
 
-def parameter_not_finite(
-    weights: Any, batch: Any, loss: Callable[..., Any]
-) -> tuple[str, str | None]:
-    """What a process can say alone: a second run that stops in one of them leaves the others."""
-    for path, leaf in tree.items(weights):
-        if not is_finite(leaf):
-            return f"the parameter {path} of process {dist.get_rank()}, before the step", None
-    return "not looked for on a mesh: run this step with fm.fit(model, ...) on one process", None
+def why_on_mesh(
+    loss_value: float, grads: Any, weights: Any, batch: Any, loss: Callable[[Any, Any], Tensor]
+) -> Found:
+    """What is not finite first on any process; all of them call this, and are told the same."""
+    if not dist.is_initialized():
+        return why_not_finite(loss_value, grads, weights, batch, loss)
+    if all(_of_all(math.isfinite(loss_value))):
+        found = _of_all(not_finite_gradients(grads))
+        paths = [path for path, _ in tree.items(grads) if any(path in own for own in found)]
+        cause, ranks = of_gradients(paths), [r for r, own in enumerate(found) if own]
+    else:
+        causes = _of_all(first_not_finite(weights, batch, loss, stops=False))
+        cause = min(causes, key=lambda cause: cause.at)
+        ranks = [rank for rank, other in enumerate(causes) if other.at == cause.at]
+    if not ranks:
+        return cause
+    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return replace(cause, what=f"{cause.what}, on {text}")
 
 
-def norm_over(module: CompiledModel) -> Callable[[Any], Tensor]:
+def _of_all(value: Any) -> list[Any]:
+    """What each process has of this, by rank."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def norm_over(module: CompiledModel) -> Callable[[Any, Tensor], Tensor]:
     """The norm of gradients that lie in parts, and some of them on several processes."""
     places = module.placements()
     if not dist.is_initialized():
-        return global_norm
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, {path: tuple(place.offset) for path, place in places.items()})
+        return lambda grads, _: global_norm(grads)
+    every = _of_all({path: tuple(place.offset) for path, place in places.items()})
     own = every[dist.get_rank()]
     holders = {path: sum(other[path] == at for other in every) for path, at in own.items()}
 
-    def norm(grads: Any) -> Tensor:
+    def norm(grads: Any, loss: Tensor) -> Tensor:
         squares = [
             leaf.detach().to(torch.float64).square().sum() / holders[path]
             for path, leaf in tree.items(grads)
         ]
-        total = torch.stack(squares).sum()
+        # Not finite on one process is so on all, which then look for the reason together.
+        total = torch.stack(squares).sum() + 0 * loss.detach().to(torch.float64)
         dist.all_reduce(total)
         return total.sqrt()
 
