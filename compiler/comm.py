@@ -243,6 +243,10 @@ class Processes(Comm):
         super().__init__(dist.get_world_size(group), [dist.get_rank(group)])
         self.group = group.group_name
 
+    def __reduce__(self) -> Any:
+        """A copied module is on the same ranks, and a saved one on those of a group of the name."""
+        return _over_group, (self.group,)
+
     @property
     def rank(self) -> int:
         return self.ranks[0]
@@ -296,6 +300,21 @@ class Processes(Comm):
     def start_scatter(self, x: Tensor) -> Tensor:
         """The own one of equal blocks along the first dim of the sum over the ranks."""
         return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.group)
+
+
+_OVER: dict[tuple[str, int, int], Processes] = {}
+
+
+def over(group: dist.ProcessGroup) -> Processes:
+    """The processes of a group, which stay known: a gradient may come after all its modules."""
+    key = group.group_name, dist.get_world_size(group), dist.get_rank(group)
+    if key not in _OVER:
+        _OVER[key] = Processes(group)
+    return _OVER[key]
+
+
+def _over_group(name: str) -> Processes:
+    return over(dist.distributed_c10d._resolve_process_group(name))  # type: ignore[arg-type]
 
 
 def wait(x: Tensor) -> Tensor:

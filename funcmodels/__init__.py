@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         verify,
     )
     from compiler.vllm_push import push_weights
+    from funcmodels import nn
     from funcmodels.train import Fitted, fit
     from funcmodels.training_checkpoint import Checkpoints
 
@@ -123,6 +124,7 @@ __all__ = [
     "load_model",
     "logprobs",
     "loss",
+    "nn",
     "normal",
     "ops",
     "optim",
@@ -140,6 +142,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":  # whose layers communicate as the compiler's graphs do
+        return importlib.import_module("funcmodels.nn")
     if name in _COMPILER:
         return getattr(importlib.import_module(_COMPILER[name]), name)
     raise AttributeError(f"module 'funcmodels' has no attribute {name!r}")

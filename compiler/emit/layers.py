@@ -16,6 +16,7 @@ from compiler.emit.text import kwargs, literal
 from compiler.ir import MODEL_DTYPE, LocalSize, tensor_type
 from compiler.placement import Shard
 from compiler.rules import LocalValues
+from compiler.served_rope import served_rope
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 from funcmodels.spec import Param
@@ -297,12 +298,14 @@ def _rotary(scope: Scope, node: fx.Node, attr: str) -> Layer:
     positions, q, k = node.args
     s = dict(node.kwargs)
     head_dim: Any = s["head_dim"]
-    parameters, checks = _rope_parameters(scope, s, head_dim)
+    served = served_rope(s, head_dim)
+    checks = []
+    if served.check is not None:
+        name, longest, kind = served.check
+        checks = [f"{scope.module.help(name)}(vllm_config, {longest}, {literal(kind)})"]
     # The engine reads the angles from a table, and past its end whatever is there.
     limit, length = s.get("max_position"), "vllm_config.model_config.max_model_len"
-    rows = limit if parameters["rope_type"] == "longrope" else None
-    if parameters["rope_type"] == "yarn":
-        rows = int(parameters["factor"] * parameters["original_max_position_embeddings"])
+    rows = served.table
     if rows:
         checks = [*checks, f"{scope.module.help('check_positions')}(vllm_config, {rows})"]
     elif limit:
@@ -312,34 +315,7 @@ def _rotary(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "head_size": scope.module.size("head_dim", head_dim),
         "max_position": str(limit or length),
         "is_neox_style": "False" if s.get("interleaved") else None,
-        "rope_parameters": literal(parameters),
+        "rope_parameters": literal(served.parameters),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (positions, q, k))})"
     return Layer(scope.module.use("get_rope"), kwargs(settings), call, checks=checks)
-
-
-def _rope_parameters(
-    scope: Scope, s: dict[str, Any], head_dim: int
-) -> tuple[dict[str, Any], list[str]]:
-    """The settings of `ops.rope` as `get_rope` reads them, and the checks that they need."""
-    scaling = dict(s.get("scaling") or {})
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
-    out: dict[str, Any] = {"rope_type": kind, "rope_theta": s["theta"]}
-    if s.get("rotary_dim") not in (None, head_dim):
-        out["rope_dim"] = s["rotary_dim"]
-    checks: list[str] = []
-    if kind == "dynamic":  # equal to no scaling up to the limit, and not servable above it
-        limit = scaling.get("original_max_position_embeddings") or s.get("max_position")
-        checks = [f"{scope.module.help('check_length')}(vllm_config, {limit}, {literal(kind)})"]
-        return {**out, "rope_type": "default"}, checks
-    if kind == "longrope":
-        limit = scaling.get("original_max_position_embeddings") or s.get("max_position")
-        checks = [f"{scope.module.help('warn_length')}(vllm_config, {limit}, {literal(kind)})"]
-        scaling["original_max_position_embeddings"] = limit
-        if (factor := scaling.pop("attention_factor", None)) is not None:
-            scaling |= {"short_mscale": factor, "long_mscale": factor}
-    if kind == "yarn":
-        scaling.setdefault("original_max_position_embeddings", s.get("max_position"))
-    lists = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in scaling.items()}
-    return {**out, **lists}, checks

@@ -57,8 +57,8 @@ def cross_entropy(
     Source: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989, for the
         chunks; z-loss: Chowdhery et al. 2022, arXiv:2204.02311.
     """
-    _check(hidden, table, targets, mask)
-    _check_options(reduction, chunk, label_smoothing, softcap)
+    check_shapes(hidden, table, targets, mask)
+    check_options(reduction, chunk, label_smoothing, softcap)
     o = Logits(chunk, float(scale), softcap, label_smoothing != 0)
     weights = Weights(label_smoothing, z_loss)
     flat, table = hidden.reshape(-1, hidden.shape[-1]), table.to(hidden.dtype)
@@ -99,7 +99,8 @@ def _is_known(mask: Tensor | None) -> bool:
     return top is None or top.key() != functorch.TransformType.Vmap
 
 
-def _check(hidden: Tensor, table: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+def check_shapes(hidden: Tensor, table: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+    """What `cross_entropy` is given fits together."""
     if table.dim() != 2 or table.shape[1] != hidden.shape[-1]:
         raise ShapeError(
             "cross_entropy: table must be a matrix that fits the last dim of hidden",
@@ -125,9 +126,10 @@ def _check(hidden: Tensor, table: Tensor, targets: Tensor, mask: Tensor | None) 
         )
 
 
-def _check_options(
+def check_options(
     reduction: str, chunk: int | None, label_smoothing: float, softcap: float | None
 ) -> None:
+    """The options of `cross_entropy` are in their ranges."""
     wrong = {
         "reduction": (reduction not in ("mean", "sum", "none"), reduction, "mean, sum or none"),
         "chunk": (chunk is not None and chunk < 1, chunk, "chunk >= 1, or None"),
