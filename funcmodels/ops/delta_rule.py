@@ -68,18 +68,15 @@ def chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor
     With change_t = beta_t (v_t - what S held under k_t), the state is a sum of k_t change_t^T, and
     (I + A) change = beta (v - decayed k S), A_ts = beta_t (k_t . k_s) decay(s to t) for s < t.
     """
-    S, q, k, v, beta = carry["S"], x["q"], x["k"], x["v"], x["beta"]
-    since = x["g"].cumsum(-2).exp()[..., None]  # (..., n, heads, 1)
-    between = decay_between(x["g"].movedim(-1, -2))  # (..., heads, to, from)
-    alike = einsum(k * beta[..., None], k, "... t h k, ... s h k -> ... h t s")
-    A = (alike * between).tril(-1)
-    held = einsum(k * since, S, "... t h k, ... h k v -> ... t h v")
-    wanted = (beta[..., None] * (v - held)).movedim(-3, -2)  # (..., heads, n, value)
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    change = torch.linalg.solve_triangular(A + eye, wanted, upper=False, unitriangular=True)
-    scores = einsum(q, k, "... t h k, ... s h k -> ... h t s") * between
-    y = einsum(scores, change, "... h t s, ... h s v -> ... t h v")
-    y = y + einsum(q * since, S, "... t h k, ... h k v -> ... t h v")
-    left = between[..., -1, :]  # (..., heads, n): from each token to the chunk's end
-    S = S * since[..., -1, :, :, None]
-    return {"S": S + einsum(k, left, change, "... s h k, ... h s, ... h s v -> ... h k v")}, y
+    S = carry["S"]
+    q, k, v = (x[name].movedim(-3, -2) for name in "qkv")  # (..., heads, n, key or value)
+    g, beta = x["g"].movedim(-1, -2), x["beta"].movedim(-1, -2)[..., None]
+    since = g.cumsum(-1).exp()[..., None]  # (..., heads, n, 1)
+    between = decay_between(g)  # (..., heads, to, from)
+    A = (k @ k.mT) * (beta * between)  # of which what lies below the diagonal is read
+    wanted = beta * (v - since * (k @ S))
+    change = torch.linalg.solve_triangular(A, wanted, upper=False, unitriangular=True)
+    y = ((q @ k.mT) * between) @ change + since * (q @ S)
+    left = between[..., -1, :, None]  # (..., heads, n, 1): from each token to the chunk's end
+    S = S * since[..., -1:, :] + k.mT @ (left * change)
+    return {"S": S}, y.movedim(-2, -3)

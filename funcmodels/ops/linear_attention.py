@@ -13,7 +13,9 @@ from funcmodels.ops.recurrent import recurrent
 from funcmodels.state import State, state
 
 CHUNK = 64
-KEY_CHUNK = 8  # with a decay for each key dim, a chunk holds chunk^2 * key numbers
+LEVELS = 4
+KEY_CHUNK = 2**LEVELS  # with a decay for each dim of the keys
+FORGOTTEN = -1e4  # a logarithm whose exponential is 0, and 0 times which is no NaN
 
 
 def gated_linear_attention(
@@ -71,28 +73,59 @@ def key_step(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tenso
 
 def chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Some tokens at once: what they are to each other is a masked matrix of products."""
-    S, q, k, v = carry["S"], x["q"], x["k"], x["v"]
-    since = x["g"].cumsum(-2).exp()  # (..., n, heads): the decay from before the chunk to a token
-    between = decay_between(x["g"].movedim(-1, -2))  # (..., heads, to, from)
-    scores = einsum(q, k, "... t h k, ... s h k -> ... h t s") * between
-    y = einsum(scores, v, "... h t s, ... s h v -> ... t h v")
-    y = y + einsum(q * since[..., None], S, "... t h k, ... h k v -> ... t h v")
-    left = between[..., -1, :]  # (..., heads, n): from each token to the chunk's end
-    S = S * since[..., -1, :, None, None]
-    return {"S": S + einsum(k, left, v, "... s h k, ... h s, ... s h v -> ... h k v")}, y
+    S = carry["S"]
+    q, k, v = (x[name].movedim(-3, -2) for name in "qkv")  # (..., heads, n, key or value)
+    g = x["g"].movedim(-1, -2)
+    since = g.cumsum(-1).exp()[..., None]  # (..., heads, n, 1): from before the chunk to a token
+    between = decay_between(g)  # (..., heads, to, from)
+    y = ((q @ k.mT) * between) @ v + since * (q @ S)
+    left = between[..., -1, :, None]  # (..., heads, n, 1): from each token to the chunk's end
+    S = S * since[..., -1:, :] + k.mT @ (left * v)
+    return {"S": S}, y.movedim(-2, -3)
 
 
 def key_chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """As `chunked`, with a decay for each dim of the keys."""
-    S, q, k, v = carry["S"], x["q"], x["k"], x["v"]
-    since = x["g"].cumsum(-3).exp()  # (..., n, heads, key)
-    between = decay_between(x["g"].movedim(-3, -1))  # (..., heads, key, to, from)
-    scores = einsum(q, k, between, "... t h k, ... s h k, ... h k t s -> ... h t s")
-    y = einsum(scores, v, "... h t s, ... s h v -> ... t h v")
-    y = y + einsum(q * since, S, "... t h k, ... h k v -> ... t h v")
-    left = between[..., -1, :]  # (..., heads, key, n)
-    S = S * since[..., -1, :, :, None]
-    return {"S": S + einsum(k, left, v, "... s h k, ... h k s, ... s h v -> ... h k v")}, y
+    """As `chunked`, with a decay for each dim of the keys; of `KEY_CHUNK` tokens at most.
+
+    No matrix of decays says then what tokens are to each other. Blocks of 2, 4, 8 ... tokens are
+    halved: of a token in the left half and one in the right, the decay from the first to the middle
+    goes to its key, that from there to the second to its query, and both are at most 1.
+    """
+    S = carry["S"]
+    q, k, v, g = (x[name].movedim(-3, -2) for name in "qkvg")  # (..., heads, n, key or value)
+    g = g.clamp(min=FORGOTTEN)
+    before, after, meet = _halves(g)
+    keys = k[..., None, :, :] * (before @ g[..., None, :, :]).exp()  # (..., heads, levels, n, key)
+    queries = q[..., None, :, :] * (after @ g[..., None, :, :]).exp()
+    scores = (queries @ keys.mT * meet).sum(-3)  # (..., heads, to, from)
+    y = scores @ v + (q * k).sum(-1, keepdim=True) * v
+    since = g.cumsum(-2).exp()  # (..., heads, n, key)
+    y = y + (q * since) @ S
+    left = (_later(g) @ g).exp()  # (..., heads, n, key): from each token to the chunk's end
+    S = S * since[..., -1, :, None] + (k * left).mT @ v
+    return {"S": S}, y.movedim(-2, -3)
+
+
+def _halves(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of blocks of 2, 4, 8 ... tokens: (levels, n, n), of 0 and 1, in the dtype of g.
+
+    Whose decays lie between a token of a left half and the middle; between the middle and a token
+    of a right half, itself among them; which tokens (to, from) meet there. Any two meet once.
+    """
+    at = torch.arange(g.shape[-2], device=g.device)
+    half = 2 ** torch.arange(LEVELS, device=g.device)[:, None, None]
+    one, other = at[:, None], at
+    together = one // (2 * half) == other // (2 * half)
+    is_right, other_right = one // half % 2 == 1, other // half % 2 == 1
+    before = together & ~is_right & ~other_right & (other > one)
+    after = together & is_right & other_right & (other <= one)
+    return before.to(g.dtype), after.to(g.dtype), (together & is_right & ~other_right).to(g.dtype)
+
+
+def _later(g: Tensor) -> Tensor:
+    """Which tokens come after which: (n, n), of 0 and 1."""
+    at = torch.arange(g.shape[-2], device=g.device)
+    return (at > at[:, None]).to(g.dtype)
 
 
 def decay_between(g: Tensor) -> Tensor:

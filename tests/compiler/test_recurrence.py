@@ -14,7 +14,7 @@ from funcmodels import ops
 from funcmodels.errors import LoweringError, TraceError
 from tests.engine.recurrences import recurrent_model
 
-KINDS = ["linear", "delta", "own", "conv"]
+KINDS = ["linear", "delta", "by_key", "own", "conv"]
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -42,6 +42,9 @@ def linear(p, x, segment_ids, kind):
         beta = einsum(h, p["beta"], "... e, h e -> ... h").float().sigmoid()
         k = F.normalize(k.float(), dim=-1)
         y = ops.gated_delta_rule(q, k, v, g, beta, segment_ids=segment_ids)
+    elif kind == "by_key":
+        by_key = g[..., None] * F.softplus(k.float())
+        y = ops.gated_linear_attention(q, k, v, by_key, segment_ids=segment_ids)
     elif kind == "linear":
         y = ops.gated_linear_attention(q, k, v, g, segment_ids=segment_ids)
     else:
@@ -97,7 +100,7 @@ PARAMS = {"attention": attention_params, "conv": conv_params}
 
 
 def recurrent_model(*kinds: str) -> fm.Model:
-    """A model of one layer of each kind: attention, conv, linear, delta or own."""
+    """A model of one layer of each kind: attention, conv, linear, delta, by_key or own."""
 
     def forward(params, tokens, positions, segment_ids=None):
         x = ops.embed(tokens, params["embed"])
