@@ -108,6 +108,22 @@ def test_train(tmp_path):
     assert fm.load(model, tmp_path / "model")["embed"].shape == (256, 64)
 
 
+@pytest.mark.slow
+def test_parallel_modules():
+    """The same losses alone and on two ranks, which hold half of all matrices each."""
+    alone = script("examples.parallel_modules")
+    torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "examples.parallel_modules")
+    on_two = script("torch.distributed.run", *torchrun)
+    losses = [
+        [float(x) for x in said.split(",")[0].removeprefix("loss ").split(" -> ")]
+        for said in (alone, on_two)
+    ]
+    assert losses[0][1] < losses[0][0] / 3
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+    assert "860,672 of 860,672 parameters" in alone
+    assert "430,592 of 860,672 parameters" in on_two
+
+
 @pytest.mark.skipif(not HAS_SMOLLM2, reason="the weights are not installed")
 def test_convert_is_cached():
     folder = convert()
