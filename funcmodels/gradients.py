@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from funcmodels import tree
 from funcmodels.errors import ShapeError
+from funcmodels.ops.embed_rows import rows_aside
 
 
 def grad_and_value(
@@ -40,13 +41,12 @@ def grad_and_value(
         given = list(args)
         for i in places:
             given[i] = tree.map(lambda t: t.detach().requires_grad_(), args[i])
-        with torch.enable_grad():
+        leaves = [leaf for i in places for leaf in tree.leaves(given[i])]
+        with torch.enable_grad(), rows_aside(leaves) as rows:
             out = fn(*given, **kwargs)
             value, aux = out if has_aux else (out, None)
             _check_scalar(value)
-            leaves = [leaf for i in places for leaf in tree.leaves(given[i])]
-            found = torch.autograd.grad(value, leaves, materialize_grads=True)
-        rest = iter(found)
+            rest = iter(rows.added(torch.autograd.grad(value, leaves, allow_unused=True)))
         grads = tuple(tree.map(lambda _: next(rest), args[i]) for i in places)
         value = value.detach()
         if has_aux:

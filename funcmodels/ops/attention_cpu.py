@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from funcmodels.ops import attention_cpu_documents as by_documents
 from funcmodels.ops import attention_reference as reference
 from funcmodels.ops.attention_kernel import Call, Kernel
 from funcmodels.ops.attention_reference import Inputs, compute_dtype
@@ -29,14 +30,15 @@ def _lacks(call: Call) -> str | None:
 def _forward(call: Call) -> tuple[Tensor, Tensor]:
     x, _, rules = call
     width = max(x.q.shape[-1], x.v.shape[-1])
-    mask, causal = _mask(call)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(_fold(t, width) for t in (x.q, x.k, x.v)),
-        0.0,
-        causal,
-        attn_mask=mask,
-        scale=rules.scale,
-    )
+    q, k, v = (_fold(t, width) for t in x[:3])
+    at = by_documents.documents_of(call)
+    if at is not None:
+        out, lse = by_documents.forward(q, k, v, at, causal=rules.causal, scale=rules.scale)
+    else:
+        mask, causal = _mask(call)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=rules.scale
+        )
     batch, (seq, heads) = x.q.shape[:-3], x.q.shape[-3:-1]
     out = _unfold(out, x.q, x.v.shape[-1])
     return add_sinks(out, lse.reshape(*batch, heads, seq), x.sinks)
@@ -45,15 +47,17 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
 def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> Inputs:
     x, _, rules = call
     width = max(x.q.shape[-1], x.v.shape[-1])
-    mask, causal = _mask(call)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_fold(t, width) for t in (grad_out.to(x.q.dtype), x.q, x.k, x.v, out)),
-        lse.reshape(math.prod(lse.shape[:-2]), *lse.shape[-2:]),
-        0.0,
-        causal,
-        attn_mask=mask,
-        scale=rules.scale,
-    )
+    tensors = (grad_out.to(x.q.dtype), x.q, x.k, x.v, out)
+    folded = tuple(_fold(t, width) for t in tensors)
+    lse_ = lse.reshape(math.prod(lse.shape[:-2]), *lse.shape[-2:])
+    at = by_documents.documents_of(call)
+    if at is not None:
+        grads = by_documents.backward(folded, lse_, at, causal=rules.causal, scale=rules.scale)
+    else:
+        mask, causal = _mask(call)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *folded, lse_, 0.0, causal, attn_mask=mask, scale=rules.scale
+        )
     q, k, v = (_unfold(g, t, t.shape[-1]) for g, t in zip(grads, x[:3], strict=True))
     return Inputs(q, k, v, sinks_grad(x, grad_out, out, lse), None)
 

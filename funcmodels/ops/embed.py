@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcmodels.errors import ShapeError
-from funcmodels.ops import deferred
+from funcmodels.ops import deferred, embed_rows
 from funcmodels.ops.primitive import primitive
 
 
@@ -33,7 +33,7 @@ def embed(
             need="an integer dtype",
             fix="tokens.long(), or pass the arguments as embed(tokens, table)",
         )
-    return F.embedding(tokens, table)
+    return embed_rows.embed(tokens, table)
 
 
 def _put_off(x: Tensor, table: Tensor) -> deferred.Deferred | None:

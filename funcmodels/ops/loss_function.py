@@ -123,6 +123,7 @@ class WeightedLoss(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _total, *gradients = output
         ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # of the gradients there are none: no zeros of their sizes
         ctx.save_for_backward(*inputs[:4], *gradients)
         ctx.save_for_forward(*inputs[:4])
         ctx.needs, ctx.weights, ctx.o = inputs[4], inputs[5], Logits(*inputs[6:])
@@ -130,6 +131,8 @@ class WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
+        if grads[0] is None:
+            return (None,) * (6 + len(ctx.o))
         if not is_last_derivative():
             found = WeightedLossGrad.apply(grads[0], *saved, ctx.weights, *ctx.o)
         elif _is_one(grads[0]):

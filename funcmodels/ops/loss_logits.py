@@ -160,8 +160,13 @@ class Gradient:
         grad = (grad if o.scale == 1 else grad * o.scale).to(hidden.dtype)
         if self.needs[0]:
             self.hidden.append(_times(grad, table))
-        if self.needs[1]:
-            new = sum_to_table(grad, hidden[..., part, :], table)
+        if not self.needs[1]:
+            return
+        h = hidden[..., part, :]
+        if self.table is not None and grad.dim() == 2 and grad.dtype == self.table.dtype:
+            self.table.addmm_(grad.mT, h)  # no second table for a chunk
+        else:
+            new = sum_to_table(grad, h, table)
             # fp32: each chunk adds to the sum of all before it.
             wide = new.to(torch.promote_types(new.dtype, torch.float32))
             self.table = wide if self.table is None else self.table.add_(wide)
@@ -274,7 +279,8 @@ def sum_to_table(grad: Tensor, h: Tensor, table: Tensor) -> Tensor:
         found = grad.reshape(-1, grad.shape[-1]).mT @ h.expand(*grad.shape[:-1], -1).reshape(
             -1, h.shape[-1]
         )
-        return found.reshape(table.shape)
+        # No view: who adds to a gradient in place asks whether anything else has its memory.
+        return found if found.shape == table.shape else found.reshape(table.shape)
     found = grad.mT @ h
     dims = [i for i in range(found.dim() - 2) if table.shape[i] == 1 and found.shape[i] != 1]
     return found.sum(dims, keepdim=True) if dims else found
