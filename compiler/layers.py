@@ -131,11 +131,17 @@ def _experts(comm: Comm, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, offset: float = 0.0
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    rounds_once: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and that sum. Without a residual, of x, and x."""
     total = x if residual is None else x + residual
-    return ops.rms_norm(total, weight, eps=eps, offset=offset), total
+    return ops.rms_norm(total, weight, eps=eps, offset=offset, rounds_once=rounds_once), total
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

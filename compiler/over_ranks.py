@@ -24,11 +24,18 @@ def rms_norm(comm: Comm, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
 
 
 def _scaled(
-    x: Tensor, wide: Tensor, mean: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0
+    x: Tensor,
+    wide: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    rounds_once: bool = False,
 ) -> Tensor:
     """As the last lines of `ops.rms_norm`."""
     unit = wide * torch.rsqrt(mean + eps)
-    if offset == 0.0:
+    if offset == 0.0 and not rounds_once:
         return (weight * unit.to(x.dtype)).to(x.dtype)
     return (unit * (offset + weight.to(wide.dtype))).to(x.dtype)
 

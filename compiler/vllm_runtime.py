@@ -139,15 +139,21 @@ class TypedRMSNorm(nn.Module):
     """Root-mean-square norm whose weight has another dtype than what it scales."""
 
     def __init__(
-        self, size: int, *, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
+        self,
+        size: int,
+        *,
+        eps: float,
+        offset: float = 0.0,
+        rounds_once: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
-        self.eps, self.offset = eps, offset
+        self.settings = {"eps": eps, "offset": offset, "rounds_once": rounds_once}
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         total = x if residual is None else x + residual
-        out = normed(total, self.weight, eps=self.eps, offset=self.offset)
+        out = normed(total, self.weight, **self.settings)
         return out if residual is None else (out, total)
 
 
@@ -664,11 +670,18 @@ def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
         )
 
 
-def normed(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
+def normed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    offset: float,
+    rounds_once: bool = False,
+) -> torch.Tensor:
     """Root-mean-square norm with a weight that is computed, not a parameter."""
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    if offset:
+    if offset or rounds_once:
         return (h * (offset + weight.float())).to(x.dtype)
     return (h.to(x.dtype) * weight).to(x.dtype)
 
@@ -744,14 +757,19 @@ def min_over_ranks(x: torch.Tensor, *, dim: int) -> torch.Tensor:
 
 
 def rms_norm_over_ranks(
-    x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float = 0.0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    rounds_once: bool = False,
 ) -> torch.Tensor:
     """Root-mean-square norm over a dim of which each rank has a part: their squares are summed."""
     wide = x.float()
     squares = tensor_model_parallel_all_reduce(wide.pow(2).sum(-1, keepdim=True))
     count = x.shape[-1] * get_tensor_model_parallel_world_size()
     unit = wide * torch.rsqrt(squares / count + eps)
-    if offset:
+    if offset or rounds_once:
         return (unit * (offset + weight.float())).to(x.dtype)
     return (unit.to(x.dtype) * weight).to(x.dtype)
 

@@ -146,10 +146,11 @@ def _geglu(scope: Scope, node: fx.Node) -> str:
 @special(ops.rms_norm)
 def _rms_norm(scope: Scope, node: fx.Node) -> str:
     x, weight = (scope.value(a) for a in node.args)
-    name = scope.module.help("normed")
-    return (
-        f"{name}({x}, {weight}, eps={node.kwargs['eps']}, offset={node.kwargs.get('offset', 0.0)})"
-    )
+    offset = node.kwargs.get("offset", 0.0)
+    settings = f"eps={node.kwargs['eps']}, offset={offset}"
+    if node.kwargs.get("rounds_once"):
+        settings += ", rounds_once=True"
+    return f"{scope.module.help('normed')}({x}, {weight}, {settings})"
 
 
 @special(ops.layer_norm)

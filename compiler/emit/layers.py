@@ -131,6 +131,7 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
     if typed:
         name = scope.module.help("TypedRMSNorm")
         args += [*_dtype(scope, param, "dtype"), *([f"offset={offset}"] if offset else [])]
+        args += ["rounds_once=True"] if node.kwargs.get("rounds_once") else []
     else:
         name = scope.module.use("GemmaRMSNorm") if offset else scope.module.help("FastRMSNorm")
     if not fused:

@@ -21,7 +21,13 @@ class LocalValues:
 
 
 def rms_norm_over_ranks(
-    x: Tensor, weight: Tensor, axis: str, *, eps: float, offset: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    axis: str,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    rounds_once: bool = False,
 ) -> Tensor:
     """`ops.rms_norm` over a dim that is cut, each rank with its part of the weight.
 

@@ -204,9 +204,9 @@ def decoder_layer(
     cfg: Config,
 ):
     """Attention and experts, each on the normalised stream and added to it."""
-    h = ops.rms_norm(x, p["input_norm"], eps=cfg.rms_norm_eps)
+    h = ops.rms_norm(x, p["input_norm"], eps=cfg.rms_norm_eps, rounds_once=True)
     x = x + attention(p["attn"], h, positions, segment_ids, window, cfg)
-    h = ops.rms_norm(x, p["post_norm"], eps=cfg.rms_norm_eps)
+    h = ops.rms_norm(x, p["post_norm"], eps=cfg.rms_norm_eps, rounds_once=True)
     return x + mixture(p["mlp"], h, cfg)
 
 
@@ -223,7 +223,7 @@ def forward(
     for p, layer_type in zip(params["layers"], cfg.layer_types, strict=True):
         window = cfg.sliding_window if layer_type == "sliding_attention" else None
         x = decoder_layer(p, x, positions, segment_ids, window, cfg)
-    x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
+    x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps, rounds_once=True)
     head = params["embed"] if cfg.tie_word_embeddings else params["head"]
     return ops.unembed(x, head)  # (*batch, seq, vocab)
 

@@ -105,7 +105,7 @@ def params(cfg: Config) -> dict[str, Any]:
 def norm_over_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the features of all heads together: (*batch, seq, heads, head_dim) -> same."""
     flat = rearrange(x, "... h d -> ... (h d)")
-    flat = ops.rms_norm(flat, rearrange(weight, "h d -> (h d)"), eps=eps)
+    flat = ops.rms_norm(flat, rearrange(weight, "h d -> (h d)"), eps=eps, rounds_once=True)
     return rearrange(flat, "... (h d) -> ... h d", d=x.shape[-1])
 
 
@@ -144,8 +144,8 @@ def mlp(p: Any, x: Tensor):
 def decoder_layer(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cfg: Config):
     """Attention and feed-forward on the stream itself, each normalised and added to it."""
     h = attention(p["attn"], x, positions, segment_ids, cfg)
-    x = x + ops.rms_norm(h, p["attn_norm"], eps=cfg.rms_norm_eps)
-    return x + ops.rms_norm(mlp(p["mlp"], x), p["mlp_norm"], eps=cfg.rms_norm_eps)
+    x = x + ops.rms_norm(h, p["attn_norm"], eps=cfg.rms_norm_eps, rounds_once=True)
+    return x + ops.rms_norm(mlp(p["mlp"], x), p["mlp_norm"], eps=cfg.rms_norm_eps, rounds_once=True)
 
 
 def forward(
@@ -160,7 +160,7 @@ def forward(
     x = ops.embed(tokens, params["embed"])  # (*batch, seq, hidden)
     for p in params["layers"]:
         x = decoder_layer(p, x, positions, segment_ids, cfg)
-    x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
+    x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps, rounds_once=True)
     head = params["embed"] if cfg.tie_word_embeddings else params["head"]
     return ops.unembed(x, head)  # (*batch, seq, vocab)
 

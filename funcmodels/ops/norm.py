@@ -18,28 +18,32 @@ def rms_norm(
     *,
     eps: float,
     offset: float = 0.0,
+    rounds_once: bool = False,
 ) -> Float[Tensor, "*batch hidden"]:
     """Root-mean-square normalisation, without mean subtraction.
 
     y = x / sqrt(mean(x**2) + eps) * (offset + weight), over the last dim; the mean is taken in
     float32. With offset 0 the quotient is rounded to x's dtype before the product, as Llama
-    does; otherwise only the result is, as Gemma does.
+    does, unless `rounds_once`; otherwise only the result is, as Gemma, GPT-OSS and OLMo 2 do.
 
     Args:
         x: (*batch, hidden), float16, bfloat16, float32, or float64, which stays in float64.
         weight: (hidden,).
         eps: added inside the square root; no default, since models differ.
         offset: 1.0 where checkpoints hold weight - 1, as Gemma's do.
+        rounds_once: take the product in float32 too. In bfloat16, a second rounding shows most in
+            gradients that are sums over all tokens, as those of GPT-OSS's sinks.
     Returns:
         (*batch, hidden), dtype of x.
     Raises:
         ShapeError: weight.shape[0] differs from x.shape[-1].
-    Source: Zhang & Sennrich 2019, arXiv:1910.07467; `transformers` LlamaRMSNorm, GemmaRMSNorm.
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467; `transformers` LlamaRMSNorm, GemmaRMSNorm,
+        GptOssRMSNorm.
     """
     _check_scale("rms_norm", "weight", x, weight)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if offset == 0.0:
+    if offset == 0.0 and not rounds_once:
         return (weight * unit.to(x.dtype)).to(x.dtype)
     return (unit * (offset + weight.to(wide.dtype))).to(x.dtype)
 

@@ -350,6 +350,7 @@ ROWS = [
     row("rms_norm", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "a/tp b", "b"),
     row("rms_norm of the cut", lambda x, w: ops.rms_norm(x, w, eps=1e-5), "b a/tp", "a"),
     row("rms_norm of the cut, all", lambda x, w: ops.rms_norm(x, w, eps=1e-5, offset=1.0), "b a/tp", "a/tp"),
+    row("rms_norm of the cut, once", lambda x, w: ops.rms_norm(x, w, eps=1e-5, rounds_once=True), "b a/tp", "a"),
     row("rms_norm of heads, columns of weight", lambda x, w: ops.rms_norm(x.reshape(2, 48), w, eps=1e-5),
         "d heads/tp hd", "cols/tp"),
     row("layer_norm of the cut", lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-5), "b a/tp", "a", "a/tp"),

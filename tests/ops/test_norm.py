@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from funcmodels import ops
@@ -14,12 +15,20 @@ EPS = 1e-3  # large enough that leaving it out shows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("module", "offset"), [(LlamaRMSNorm, 0.0), (GemmaRMSNorm, 1.0)])
-def test_rms_norm_is_bitwise_that_of_transformers(module, offset, dtype):
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (LlamaRMSNorm, {}),
+        (GemmaRMSNorm, {"offset": 1.0}),
+        (GptOssRMSNorm, {"rounds_once": True}),
+    ],
+    ids=["llama", "gemma", "gpt-oss"],
+)
+def test_rms_norm_is_bitwise_that_of_transformers(module, settings, dtype):
     theirs = module(32, eps=EPS).to(dtype)
     theirs.weight.data.normal_()
     x = (0.05 * torch.randn(3, 5, 32)).to(dtype)
-    got = ops.rms_norm(x, theirs.weight, eps=EPS, offset=offset)
+    got = ops.rms_norm(x, theirs.weight, eps=EPS, **settings)
     assert got.dtype == dtype
     assert torch.equal(got, theirs(x))
 
