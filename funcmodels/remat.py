@@ -109,7 +109,8 @@ class Remat(torch.autograd.Function):
             primals, tangents = values(ctx.saved_tensors), values(tangents[1:])
             moving = tuple(t is not None for t in tangents)
             some = functools.partial(_of_some, ctx.fn, primals, moving, ctx.floats)
-            given = [x for x, moves in zip(primals, moving, strict=True) if moves]
+            # A tangent is laid out as its primal, which fails where that is an expanded one.
+            given = [x.contiguous() for x, moves in zip(primals, moving, strict=True) if moves]
             along = [t for t in tangents if t is not None]
             out = iter(torch.func.jvp(some, tuple(given), tuple(along))[1])
         return tuple(next(out) if is_float else None for is_float in ctx.floats)

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from types import FrameType
 
+import torch
+
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # Frames of these are ours or the libraries'; the first frame outside them is the user's. The zoo
 # under funcmodels/models is written as users write, and counts as theirs.
@@ -32,7 +34,12 @@ class SourceLine:
 
 
 def users_line() -> SourceLine:
-    """The innermost line on the call stack that is the user's own."""
+    """The innermost line on the call stack that is the user's own.
+
+    A graph of `torch.compile` has no call stack: there, it is not known.
+    """
+    if torch.compiler.is_compiling():
+        return SourceLine("compiled", 0, "torch.compile")
     frame: FrameType | None = sys._getframe(1)
     last = frame
     while frame is not None and not is_users(frame.f_code.co_filename):

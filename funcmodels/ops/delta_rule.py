@@ -23,6 +23,7 @@ def gated_delta_rule(
     beta: Float[Tensor, "*batch seq heads"],
     *,
     segment_ids: Int[Tensor, "*batch seq"] | None = None,
+    remat: bool = False,
 ) -> Float[Tensor, "*batch seq heads value"]:
     """S' = exp(g_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, y_t = S_t^T q_t.
 
@@ -35,6 +36,7 @@ def gated_delta_rule(
         beta: how much of the memory under a key is replaced, in [0, 1]; up to 2 for the rule that
             may turn it round.
         segment_ids: documents of packed rows; the memory begins anew in each.
+        remat: compute again within chunks for the backward pass, as `ops.recurrent` does.
     Returns:
         (*batch, seq, heads, value), dtype of v.
     Source: Yang et al. 2024, arXiv:2412.06464; the chunked form, Yang et al. 2024,
@@ -49,6 +51,8 @@ def gated_delta_rule(
         chunked=chunked,
         chunk=CHUNK,
         segment_ids=segment_ids,
+        batch_dims=q.ndim - 3,
+        remat=remat,
     )
     return y.to(v.dtype)
 

@@ -25,6 +25,7 @@ def gated_linear_attention(
     log_decay: Float[Tensor, "*batch seq heads"] | Float[Tensor, "*batch seq heads key"],
     *,
     segment_ids: Int[Tensor, "*batch seq"] | None = None,
+    remat: bool = False,
 ) -> Float[Tensor, "*batch seq heads value"]:
     """Linear attention with a decaying memory: S_t = exp(g_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t.
 
@@ -35,6 +36,7 @@ def gated_linear_attention(
         q, k, v: one head of each for one head of the others.
         log_decay: g, at most 0; for each head, or for each dim of its keys.
         segment_ids: documents of packed rows; the memory begins anew in each.
+        remat: compute again within chunks for the backward pass, as `ops.recurrent` does.
     Returns:
         (*batch, seq, heads, value), dtype of v.
     Source: Yang et al. 2023, arXiv:2312.06635; with one decay a head, Sun et al. 2023,
@@ -50,6 +52,8 @@ def gated_linear_attention(
         chunked=key_chunked if by_key else chunked,
         chunk=KEY_CHUNK if by_key else CHUNK,
         segment_ids=segment_ids,
+        batch_dims=q.ndim - 3,
+        remat=remat,
     )
     return y.to(v.dtype)
 

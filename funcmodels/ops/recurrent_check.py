@@ -17,15 +17,22 @@ from funcmodels.source import SourceLine, users_line
 from funcmodels.state import State
 
 PRIMES = (1009, 1013, 1019)  # batch sizes that no other dim has
+MOST_FOUND = 512
+_FOUND: dict[Any, int] = {}  # by step and shapes, how many batch dims there are
 
 
 def batch_dims_of(
-    step: Callable, state: State, xs: Any, segment_ids: Tensor | None, params: Any = None
+    step: Callable,
+    state: State,
+    xs: Any,
+    segment_ids: Tensor | None,
+    params: Any = None,
+    given: int | None = None,
 ) -> int:
     """How many dims of xs' leaves come before seq.
 
-    segment_ids tell. Without them it is the number for which `step` keeps the shapes of the state:
-    tried on the meta device, where nothing is computed, with batch sizes that are no other dim's.
+    segment_ids tell, or the caller. Otherwise it is the number for which `step` keeps the shapes
+    of the state: see `_found`.
     """
     leaves = tree.leaves(xs)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
@@ -34,6 +41,8 @@ def batch_dims_of(
         dims = segment_ids.ndim - 1
         if any(leaf.shape[: dims + 1] != segment_ids.shape for leaf in leaves):
             _bad_xs(step, xs, f"{tuple(segment_ids.shape)} of segment_ids as first dims")
+        if given not in (None, dims):
+            _bad_xs(step, xs, f"{dims} batch dims, as segment_ids have, and not {given}")
         return dims
     least = min(leaf.ndim for leaf in leaves)
     shared = 0  # leading dims that all leaves have in common
@@ -41,6 +50,52 @@ def batch_dims_of(
         shared += 1
     if shared == 0:
         _bad_xs(step, xs, "(*batch, seq, ...), with the same first dims in every leaf")
+    if given is not None:
+        if not 0 <= given < shared:
+            _bad_xs(step, xs, f"the same {given + 1} first dims in every leaf: (*batch, seq)")
+        return given
+    if torch.compiler.is_compiling():
+        return _found_outside(step, state, xs, params, shared)
+    key = _key(step, state, xs, params)
+    if key is None:
+        return _found(step, state, xs, params, shared)
+    if key not in _FOUND:
+        if len(_FOUND) >= MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[key] = _found(step, state, xs, params, shared)
+    return _FOUND[key]
+
+
+def _key(step: Any, state: State, xs: Any, params: Any) -> Any:
+    """All that a trial of the step depends on, or None where it cannot be compared.
+
+    A function that is defined anew at each call is the same one if its code is, and what it closes
+    over.
+    """
+    if isinstance(step, types.FunctionType):
+        cells = tuple(inspect.getclosurevars(step).nonlocals.items())
+        defaults = (step.__defaults__, tuple((step.__kwdefaults__ or {}).items()))
+        fn = (step.__code__, cells, defaults)
+    else:
+        fn = (step,)
+    leaves = tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        for leaf in tree.leaves((xs, params))
+    )
+    structure = str(tree.structure((xs, params)))
+    key = (fn, tuple(state.slots.items()), leaves, structure)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _found(step: Callable, state: State, xs: Any, params: Any, shared: int) -> int:
+    """The number of batch dims for which `step` keeps the shapes of the state.
+
+    Tried on the meta device, where nothing is computed, with batch sizes that are no other dim's.
+    """
     found: dict[int, tuple[dict, dict]] = {}
     errors: list[Exception] = []
     for dims in range(min(shared, len(PRIMES) + 1)):
@@ -60,6 +115,12 @@ def batch_dims_of(
     before, after = next(iter(found.values()))
     check_state(step, state, after, before)
     raise AssertionError("a state that is kept, and is not")
+
+
+# Trials fail, and a graph has no place for that.
+_found_outside: Any = torch.compiler.disable(
+    _found, reason="without batch_dims, ops.recurrent tries the step"
+)
 
 
 def _shape_of(state: Any) -> Any:
@@ -106,7 +167,7 @@ def _cannot_tell(step: Callable, xs: Any, fits: list[int]) -> NoReturn:
         f"{' or '.join(map(str, fits))} batch dims",
         need="one way to read them",
         from_=users_line(),
-        fix="segment_ids of shape (*batch, seq), which tell",
+        fix=f"batch_dims={fits[-1]} or {fits[0]} of ops.recurrent, or segment_ids (*batch, seq)",
     )
 
 
@@ -218,5 +279,6 @@ def _name(fn: Any) -> str:
 
 
 def _line(fn: Any) -> SourceLine:
+    fn = inspect.unwrap(fn)
     code = getattr(getattr(fn, "func", fn), "__code__", None)
     return SourceLine(code.co_filename, code.co_firstlineno, code.co_name) if code else users_line()

@@ -1,5 +1,6 @@
 """`ops.recurrent`: a scan over tokens, against loops in float64, and what it refuses."""
 
+import functools
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from einops import einsum
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.errors import DeclarationError, ShapeError, TraceError
+from funcmodels.ops import recurrent_check
 from funcmodels.ops.linear_attention import chunked as linear_chunked
 from funcmodels.ops.linear_attention import memory
 from funcmodels.ops.linear_attention import step as linear_step
@@ -74,12 +76,14 @@ def test_no_gradient_crosses_documents():
     assert (grad[:, 4:] != 0).all()
 
 
-@pytest.mark.parametrize("chunked", [None, leaky_chunk])
-def test_transforms(chunked):
+@pytest.mark.parametrize(
+    ("chunked", "remat"), [(None, False), (leaky_chunk, False), (leaky_chunk, True)]
+)
+def test_transforms(chunked, remat):
     x, tangent = rows(5, 6, 3), rows(5, 6, 3, seed=1)
 
     def f(x):
-        return ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=4)
+        return ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=4, remat=remat)
 
     def loop(x):
         return torch.func.vmap(by_hand)(x)
@@ -91,6 +95,87 @@ def test_transforms(chunked):
     torch.testing.assert_close(
         hessian, torch.func.hessian(lambda row: by_hand(row).sum())(x[0]), rtol=0, atol=1e-12
     )
+
+
+def kept(f, *args):
+    """What a backward pass keeps of f beside its arguments, in bytes; and the gradients."""
+    args, found = [x.clone().requires_grad_() for x in args], {}
+
+    def keep(t):
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = f(*args)
+    size = sum(n for at, n in found.items() if all(at != x.data_ptr() for x in args))
+    return size, torch.autograd.grad(y.square().sum(), args)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_remat_keeps_the_states_alone(packed):
+    ids = torch.arange(256)[None] // 100 if packed else None
+    of = {"q": rows(1, 256, 2, 8), "k": rows(1, 256, 2, 8), "v": rows(1, 256, 2, 8)}
+    args = (*of.values(), -rows(1, 256, 2).abs())
+
+    def f(remat, *args):
+        return ops.gated_linear_attention(*args, segment_ids=ids, remat=remat)
+
+    (most, want), (least, got) = (
+        kept(functools.partial(f, remat), *args) for remat in (False, True)
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    states = 8 * (2 * 8 * 8) * (6 if packed else 4)  # bytes: one state before each chunk
+    laid_out = 8 * (3 * 16 + 2) * 6 * 64 + 20_000 if packed else 0  # longer rows, and their order
+    assert least <= 2 * states + laid_out  # a sum has its gradient's state beside it
+    assert most > 4 * least
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_the_same():
+    """Few chunks lie in the graph, many beside it, as a loop of tokens and its trial do."""
+    x = rows(2, 40, 3)
+
+    def f(x, chunked, chunk, remat):
+        y = ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=chunk, remat=remat)
+        return y.square().sum()
+
+    def short(x):
+        y = ops.recurrent(leaky, STATE, x, chunked=leaky_chunk, chunk=16, batch_dims=1)
+        return y.square().sum()
+
+    compiled = torch.compile(f, backend="aot_eager")
+    for options in ((None, 1, False), (leaky_chunk, 2, False), (leaky_chunk, 16, True)):
+        found = []
+        for fn in (f, compiled):
+            leaf = x.clone().requires_grad_()
+            loss = fn(leaf, *options)
+            found.append((loss, *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    whole = torch.compile(short, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), short(x), rtol=0, atol=1e-12)
+
+
+def test_a_step_is_tried_once(monkeypatch):
+    tried = []
+    found = recurrent_check._found
+    monkeypatch.setattr(recurrent_check, "_found", lambda *a: tried.append(a) or found(*a))
+    monkeypatch.setattr(recurrent_check, "_FOUND", {})
+
+    def made(factor):
+        def step(state, x):
+            h = factor * state["h"] + x
+            return {"h": h}, h
+
+        return step
+
+    for factor, shape, times in ((1.0, (7, 3), 1), (1.0, (7, 3), 1), (0.5, (7, 3), 2),
+                                 (0.5, (2, 7, 3), 3), (0.5, (2, 7, 3), 3)):  # fmt: skip
+        y = ops.recurrent(made(factor), STATE, torch.ones(shape, dtype=torch.float64))
+        assert len(tried) == times
+        torch.testing.assert_close(y[..., 1, :], torch.full_like(y[..., 1, :], 1 + factor))
+    ops.recurrent(made(2.0), STATE, rows(7, 3), batch_dims=0)
+    ops.recurrent(made(2.0), STATE, rows(7, 3), segment_ids=torch.zeros(7))
+    assert len(tried) == 3
 
 
 def test_a_state_may_begin_with_other_than_zeros():
@@ -146,6 +231,12 @@ def test_a_step_that_changes_its_state():
     def forgets(state, x):
         return {}, x
 
+    def widens(state, x, p):
+        return {"h": torch.cat([state["h"], p["more"]], -1)}, x
+
+    with pytest.raises(ShapeError, match="widens changes the shape") as error:
+        ops.recurrent(widens, STATE, rows(4, 3), params={"more": rows(2)}, batch_dims=0)
+    assert re.search(r"from: +test_recurrent.py:\d+ in widens", str(error.value))
     ids = torch.zeros(4, dtype=torch.long)
     with pytest.raises(ShapeError, match=r"grows changes the shape of the state \"h\"") as error:
         ops.recurrent(grows, STATE, rows(4, 3), segment_ids=ids)
@@ -173,6 +264,13 @@ def test_a_step_that_closes_over_a_tensor():
 def test_shapes_that_cannot_be_read():
     with pytest.raises(ShapeError, match="xs of wrong shapes"):
         ops.recurrent(leaky, STATE, {"a": rows(4, 3), "b": rows(5, 3)})
+    with pytest.raises(ShapeError, match=r"need: +the same 3 first dims in every leaf"):
+        ops.recurrent(leaky, STATE, rows(4, 3), batch_dims=2)
+    with pytest.raises(ShapeError, match="0 batch dims, as segment_ids have, and not 1"):
+        ops.recurrent(leaky, STATE, rows(4, 3), segment_ids=torch.zeros(4), batch_dims=1)
+    blind = lambda state, x: (state, x)  # noqa: E731
+    with pytest.raises(ShapeError, match=r"(?s)several dims of xs may be the tokens.*batch_dims="):
+        ops.recurrent(blind, STATE, rows(4, 3, 3))
     one = fm.state(h="", dtype=torch.float64)
     with pytest.raises(ShapeError, match="segment_ids"):
         ops.recurrent(leaky, STATE, rows(4, 3), segment_ids=torch.zeros(5))
