@@ -42,12 +42,32 @@ def _converted(
         return made
     copy = module.__new__(type(module))
     copy.__dict__.update(module.__dict__)
-    copy._modules = done_modules = {}
+    copy._parameters = {n: p if p is None else _with_memory(p) for n, p in copy._parameters.items()}
+    _refuse_meta_buffers(module, prefix)
+    copy._modules = modules = {}
     done[id(module)] = copy
     for name, child in module._modules.items():
         path = f"{prefix}.{name}" if prefix else name
-        done_modules[name] = child and _converted(child, path, quant_config, done)
+        modules[name] = None if child is None else _converted(child, path, quant_config, done)
     return copy
+
+
+def _with_memory(param: nn.Parameter) -> nn.Parameter:
+    """A parameter of a user's own; one on the meta device becomes one that vLLM can load into."""
+    if not param.is_meta:
+        return param
+    return nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
+
+
+def _refuse_meta_buffers(module: nn.Module, prefix: str) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_meta:
+            raise LoweringError(
+                f"the values of a buffer are not known: {prefix}.{name}",
+                got="a buffer on the meta device, which no checkpoint fills",
+                need="its values",
+                fix=f'compute {name} under `with torch.device("cpu"):`, or in forward',
+            )
 
 
 def _layer(layer: fnn.ParallelLayer, prefix: str, quant_config: Any) -> nn.Module:

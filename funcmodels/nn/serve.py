@@ -26,13 +26,14 @@ def to_vllm(module: nn.Module, *, prefix: str = "", quant_config: Any = None) ->
         RotaryEmbedding                           get_rope, with the arguments of the layer here
 
     Args:
-        module: a layer, or a module that has layers somewhere in it. It is not changed; what is no
-            layer of these, as parameters of its own, is shared with the result.
+        module: a layer, or a module that has layers somewhere in it. It is not changed. Parameters
+            of its own are shared with the result, or, on the meta device, made anew for vLLM to
+            load.
         prefix: the module's name in the served model, which quantisation and adapters go by.
         quant_config: vLLM's, for a module without weights.
     Raises:
-        LoweringError: vLLM has no layer for one of the module's, or what quant_config is for is
-            not known.
+        LoweringError: vLLM has no layer for one of the module's; or values that are needed are on
+            the meta device, or with quant_config are not.
     """
     from compiler.vllm_layers import converted
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import funcmodels as fm
 from funcmodels import ops
 
-VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 96, 16, 4, 2, 8, 24
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 96, 16, 4, 2, 32, 24
 EPS = 1e-6
 
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return self.head.cross_entropy(self.hidden(tokens[:, :-1]), tokens[:, 1:], mask=mask)
 
 
-def scaled(module: nn.Module) -> nn.Module:
+def scaled(module: nn.Module, by: float = 2.0) -> nn.Module:
     """With every parameter moved off its first value, the same on any number of ranks."""
     gen = torch.Generator().manual_seed(1)
     state = fm.nn.whole(module)
@@ -88,7 +88,7 @@ def scaled(module: nn.Module) -> nn.Module:
     for value in {id(p): p for p in module.parameters()}.values():
         name = next(n for n, p in module.named_parameters() if p is value)
         whole = state[name]
-        moved[name] = 2 * whole + 0.3 * torch.randn(whole.shape, generator=gen, dtype=whole.dtype)
+        moved[name] = by * whole + 0.3 * torch.randn(whole.shape, generator=gen, dtype=whole.dtype)
     return fm.nn.load_whole(module, moved)
 
 
