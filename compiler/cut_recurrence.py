@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from compiler.ir import Block
 from compiler.placement import REPLICATE, Partial, Placement, Shard
 from compiler.recurrence import Recurrence, moved, recurrence, slot_placement
 from compiler.rules import TOKENS
+from compiler.sequence import is_by_sequence
 from funcmodels.errors import LoweringError
 from funcmodels.state import Slot
 
@@ -28,32 +30,23 @@ def cut_recurrence(part: _BlockPartitioner, node: fx.Node) -> None:
     """Put the local node of a recurrence, or, where it cannot be cut, one of whole values.
 
     Raises:
-        LoweringError: cut by tokens, a step that does not treat each sequence by itself; sequence
-            parallelism.
+        LoweringError: cut by tokens, a step that does not treat each sequence by itself.
     """
     found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
     if part.axis == TOKENS:
         _by_tokens(part, node, found)
         return
-    if part.whole.sequence:
-        raise LoweringError(
-            f"the recurrence {found.step.name} cannot be cut over the sequence",
-            need="a program without sequence parallelism",
-            from_=node.meta["where"],
-            fix="sequence_parallel=False",
-        )
     xs: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
     params: Sequence[fx.Node] = node.args[1]  # type: ignore[assignment]
-    at: dict[fx.Node, Placement] = {
-        n: REPLICATE if isinstance(part.at[n], Partial) else part.at[n] for n in (*xs, *params)
-    }
+    at: dict[fx.Node, Placement] = {n: _of_all_tokens(part.at[n]) for n in (*xs, *params)}
     table = part.whole.source.model.table
     declared = tuple(slot_placement(slot, table, part.axis) for _, slot in found.slots)
     alike = tuple(_as_one_of(slot, at) for _, slot in found.slots)
 
     def cut(state: tuple[Placement, ...]) -> tuple[Recurrence, tuple[Placement, ...]] | None:
         lie = (tuple(at[n] for n in nodes) for nodes in (xs, params))
-        return _local(part.whole, found, state, *lie)
+        with _without_sequence(part.whole):
+            return _local(part.whole, found, state, *lie)
 
     local = cut(declared) or cut(alike)
     if local is None:
@@ -66,6 +59,21 @@ def cut_recurrence(part: _BlockPartitioner, node: fx.Node) -> None:
         at[node.args[2]] = part.at[node.args[2]]
     args = map_arg(node.args, lambda old: part._as(old, at[old], node))
     _put(part, node, args, made, results)
+
+
+def _of_all_tokens(at: Placement) -> Placement:
+    """A recurrence goes through all tokens: where ranks have a part of them, they are gathered."""
+    return REPLICATE if isinstance(at, Partial) or is_by_sequence(at) else at
+
+
+@contextmanager
+def _without_sequence(whole: _Partitioner) -> Iterator[None]:
+    """Within a step, tokens are not cut."""
+    before, whole.sequence = whole.sequence, False
+    try:
+        yield
+    finally:
+        whole.sequence = before
 
 
 def _as_one_of(slot: Slot, at: dict[fx.Node, Placement]) -> Placement:

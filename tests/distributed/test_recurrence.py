@@ -11,13 +11,18 @@ import funcmodels as fm
 from tests.distributed.ranks import mesh_of, on_ranks
 from tests.engine.recurrences import recurrent_model
 
-MESHES = ("dp", "fsdp", "tp")
+MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "dp": ({"dp": 2}, {}),
+    "fsdp": ({"fsdp": 2}, {}),
+    "tp": ({"tp": 2}, {}),
+    "tp, sequence parallel": ({"tp": 2}, {"sequence_parallel": True}),
+}
 
 
-def results(mesh: Any) -> dict[str, torch.Tensor]:
+def results(mesh: Any, **options: Any) -> dict[str, torch.Tensor]:
     """Logits of packed rows, and the gradients of their sum of squares, whole."""
     model = recurrent_model("conv", "delta", "own")
-    module = fm.compile_to_torch(model, mesh).reset(seed=0)
+    module = fm.compile_to_torch(model, mesh, **options).reset(seed=0)
     tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(40).expand(2, 40)
     logits = module(tokens, positions, positions // 16)
@@ -27,7 +32,7 @@ def results(mesh: Any) -> dict[str, torch.Tensor]:
 
 
 def on_meshes() -> dict[str, dict[str, torch.Tensor]]:
-    return {name: results(mesh_of(**{name: 2})) for name in MESHES}
+    return {name: results(mesh_of(**mesh), **options) for name, (mesh, options) in MESHES.items()}
 
 
 @pytest.mark.slow
@@ -37,5 +42,5 @@ def test_two_ranks():
         for name, found in rank.items():
             torch.testing.assert_close(found["logits"], alone["logits"], rtol=0, atol=1e-4)
             norm = "layers.1.norm"  # whole on each rank of tp
-            if name == "tp":
+            if name.startswith("tp"):
                 torch.testing.assert_close(found[norm], alone[norm], rtol=1e-4, atol=1e-4)
