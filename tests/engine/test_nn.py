@@ -49,10 +49,11 @@ def in_parallel_state(ranks: int, fn: Callable[[], Any]) -> list[Any]:
 
 
 def _with_state(rank: int, ranks: int, folder: str, fn: Callable[[], Any]) -> Any:
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    config = VllmConfig()
+    # Its own kernels: the rope's writes to what it is given, and reads it right only if it is flat.
+    config = VllmConfig(compilation_config=CompilationConfig(custom_ops=["all"]))
     config.parallel_config.tensor_parallel_size = ranks
     with set_current_vllm_config(config), torch.no_grad():
         parallel_state.init_distributed_environment(

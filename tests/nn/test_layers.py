@@ -1,6 +1,7 @@
 """The layers on one process: ordinary torch, and what they refuse."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -118,6 +119,41 @@ def test_what_is_loaded_must_be_the_module():
         empty = MLP()
     with pytest.raises(TrainingError, match=r"hold nothing[\s\S]*to_empty"):
         fm.nn.load_whole(empty, state)
+
+
+def test_inside_a_pure_function(tmp_path):
+    """A module, called with the parameters of a model, is compiled as what it consists of."""
+    module = MLP().double()
+    held = {name.replace(".", "_"): x.detach() for name, x in module.named_parameters()}
+    axes, declare = {HIDDEN: "hidden", INNER: "inner"}, fm.axes(hidden=HIDDEN, inner=INNER)
+
+    @fm.block
+    def mlp(p, x):
+        named = {name: p[name.replace(".", "_")] for name, _ in module.named_parameters()}
+        return torch.func.functional_call(module, named, (x,))
+
+    def forward(params, ids, positions, segment_ids=None):
+        return ops.unembed(mlp(params["mlp"], ops.embed(ids, params["embed"])), params["embed"])
+
+    model = fm.Model(
+        "AroundAModule",
+        config={"max_position_embeddings": 64},
+        params={
+            "embed": fm.axes(vocab=VOCAB, hidden=HIDDEN)("vocab hidden"),
+            "mlp": {n: declare(" ".join(axes[size] for size in x.shape)) for n, x in held.items()},
+        },
+        forward=forward,
+        sharding={"vocab": "tp", "inner": "tp"},
+    )
+    table = torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
+    places = torch.arange(tokens().shape[1]).expand(tokens().shape)
+    weights = {"embed": table, "mlp": held}
+    want = module(table[tokens()]) @ table.T
+    torch.testing.assert_close(model.forward(weights, tokens(), places), want)
+    fm.verify(model, weights, tokens().tolist(), tp=2)
+    source = fm.emit(model, tmp_path / "model.py").read_text()
+    kinds = re.findall(r"self\.\w+ = (\w+Linear)\(", source)
+    assert sorted(kinds) == ["ColumnParallelLinear"] * 3 + ["RowParallelLinear"] * 2
 
 
 def test_features_that_do_not_fit():
