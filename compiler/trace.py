@@ -436,6 +436,7 @@ class _Tracer(TorchFunctionMode):
         chunked: Callable[..., Any] | None,
         chunk: int,
         segment_ids: Tensor | None,
+        kernel: str | None = None,
     ) -> Any:
         """Record a recurrence: its step and its chunked form, each as a block of its own."""
         self._check_branches()

@@ -13,6 +13,7 @@ from funcmodels.ops.recurrent import recurrent
 from funcmodels.state import state
 
 CHUNK = 4096
+CACHED = 128  # on a CPU, of which the rows stay in its cache from one operation to the next
 
 
 def short_conv(
@@ -41,25 +42,40 @@ def short_conv(
             fix='P("channels width")',
         )
     channels, width = weight.shape
-    window = state(x="channels window", dtype=x.dtype, channels=channels, window=width - 1)
-    params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    window = state(x="window channels", dtype=x.dtype, window=width - 1, channels=channels)
     return recurrent(
-        step, window, x, params=params, chunked=chunked, chunk=CHUNK, segment_ids=segment_ids
+        step,
+        window,
+        x,
+        params={"weight": weight} if bias is None else {"weight": weight, "bias": bias},
+        chunked=chunked,
+        chunk=CACHED if by_itself(x) else CHUNK,
+        segment_ids=segment_ids,
+        batch_dims=x.ndim - 2,
+        kernel="short_conv",
     )
+
+
+def by_itself(x: Tensor) -> bool:
+    """Whether each operation runs by itself, on a CPU."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def step(carry: dict[str, Tensor], x: Tensor, params: Any) -> tuple[dict[str, Tensor], Tensor]:
     """One token."""
-    window = torch.cat([carry["x"], x[..., None]], dim=-1)  # (..., channels, width)
-    y = (window * params["weight"]).sum(-1)
-    return {"x": window[..., 1:]}, y + params["bias"] if "bias" in params else y
+    window = torch.cat([carry["x"], x[..., None, :]], dim=-2)  # (..., width, channels)
+    y = (window * params["weight"].t()).sum(-2)
+    return {"x": window[..., 1:, :]}, y + params["bias"] if "bias" in params else y
 
 
 def chunked(carry: dict[str, Tensor], x: Tensor, params: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Some tokens at once: a sum of shifted rows, one for each column of the weight."""
-    weight = params["weight"]
-    rows = torch.cat([carry["x"].movedim(-1, -2), x], dim=-2)  # (..., width - 1 + n, channels)
-    n, width = x.shape[-2], weight.shape[-1]
-    y = torch.stack([rows.narrow(-2, j, n) * weight[:, j] for j in range(width)]).sum(0)
-    carry = {"x": rows.narrow(-2, n, width - 1).movedim(-2, -1)}
-    return carry, y + params["bias"] if "bias" in params else y
+    rows = torch.cat([carry["x"], x], dim=-2)  # (..., width - 1 + n, channels)
+    columns = params["weight"].t().contiguous().unbind(0)  # each read once for every token
+    n, width = x.shape[-2], len(columns)
+    # Expanded, since `addcmul` does not do so itself with a symbolic number of tokens.
+    parts = [(rows.narrow(-2, j, n), column.expand_as(x)) for j, column in enumerate(columns)]
+    y = params["bias"].expand_as(x) if "bias" in params else torch.mul(*parts.pop(0))
+    for part, column in parts:
+        y = torch.addcmul(y, part, column)
+    return {"x": rows.narrow(-2, n, width - 1)}, y

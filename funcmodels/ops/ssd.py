@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcmodels.errors import ShapeError
-from funcmodels.ops.linear_attention import gated_linear_attention
+from funcmodels.ops.linear_attention import decay_between
+from funcmodels.ops.recurrent import recurrent
+from funcmodels.state import state
+
+CHUNK = 64
 
 
 def ssd(
@@ -18,10 +26,12 @@ def ssd(
     *,
     D: Float[Tensor, " heads"] | None = None,
     segment_ids: Int[Tensor, "*batch seq"] | None = None,
+    remat: bool = False,
 ) -> Float[Tensor, "*batch seq heads head_dim"]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = C_t^T h_t + D x_t.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t.
 
-    Linear attention with one decay a head: C are the queries, B the keys, dt x the values.
+    The state is kept in float32 (float64 where x is), and so is the arithmetic. Linear attention
+    with one decay a head: C are the queries, B the keys, dt x the values.
 
     Args:
         x: (*batch, seq, heads, head_dim).
@@ -30,6 +40,7 @@ def ssd(
         B, C: one for each group of heads.
         D: what of x passes by, for each head.
         segment_ids: documents of packed rows; the state begins anew in each.
+        remat: compute again within chunks for the backward pass, as `ops.recurrent` does.
     Returns:
         (*batch, seq, heads, head_dim), dtype of x.
     Raises:
@@ -44,8 +55,59 @@ def ssd(
             need="groups that divide the heads",
             fix=f"{groups * (heads // groups or 1)} heads",
         )
-    B, C = (t.repeat_interleave(heads // groups, dim=-2) for t in (B, C))
-    dt = dt.to(A.dtype)
-    y = gated_linear_attention(C, B, x * dt[..., None], dt * A, segment_ids=segment_ids)
-    y = y.to(x.dtype)
-    return y if D is None else y + (D[:, None] * x).to(x.dtype)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    held = state(
+        h="heads head_dim state", dtype=wide, heads=heads, head_dim=x.shape[-1], state=B.shape[-1]
+    )
+    params = {"A": A.to(wide)} | ({} if D is None else {"D": D.to(wide)})
+    return recurrent(
+        step,
+        held,
+        {"x": x, "dt": dt.to(wide), "B": B, "C": C},
+        params=params,
+        chunked=chunked,
+        chunk=CHUNK,
+        segment_ids=segment_ids,
+        batch_dims=x.ndim - 3,
+        remat=remat,
+        kernel="ssd",
+    )
+
+
+def step(carry: dict[str, Tensor], x: Any, params: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """One token."""
+    h, dt, v = carry["h"], x["dt"], x["x"].to(carry["h"].dtype)
+    B, C = (_of_heads(x[name].to(h.dtype), h.shape[-3]) for name in "BC")
+    h = h * (dt * params["A"]).exp()[..., None, None]
+    h = h + einsum(v * dt[..., None], B, "... h p, ... h n -> ... h p n")
+    y = einsum(h, C, "... h p n, ... h n -> ... h p")
+    return {"h": h}, _with_skip(y, v, params).to(x["x"].dtype)
+
+
+def chunked(carry: dict[str, Tensor], x: Any, params: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Some tokens at once: what they are to each other is a masked matrix of products."""
+    h, dt, v = carry["h"], x["dt"], x["x"].to(carry["h"].dtype)
+    B, C = (x[name].to(h.dtype) for name in "BC")
+    decay = dt * params["A"]  # (..., n, heads)
+    since = decay.cumsum(-2).exp()  # the decay from before the chunk to a token
+    between = decay_between(decay.movedim(-1, -2))  # (..., heads, to, from)
+    scores = einsum(C, B, "... t g n, ... s g n -> ... g t s")
+    scores = scores.repeat_interleave(h.shape[-3] // B.shape[-2], dim=-3) * between
+    B, C = (_of_heads(t, h.shape[-3]) for t in (B, C))
+    u = v * dt[..., None]
+    y = einsum(scores, u, "... h t s, ... s h p -> ... t h p")
+    y = y + einsum(C * since[..., None], h, "... t h n, ... h p n -> ... t h p")
+    left = between[..., -1, :]  # (..., heads, n): from each token to the chunk's end
+    h = h * since[..., -1, :, None, None]
+    h = h + einsum(u, left, B, "... s h p, ... h s, ... s h n -> ... h p n")
+    return {"h": h}, _with_skip(y, v, params).to(x["x"].dtype)
+
+
+def _of_heads(groups: Tensor, heads: int) -> Tensor:
+    """(..., groups, n) -> (..., heads, n): what the heads of a group share, for each."""
+    return groups.repeat_interleave(heads // groups.shape[-2], dim=-2)
+
+
+def _with_skip(y: Tensor, x: Tensor, params: Any) -> Tensor:
+    """What of x passes by, added."""
+    return y + params["D"][:, None] * x if "D" in params else y
