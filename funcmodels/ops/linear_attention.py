@@ -9,6 +9,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcmodels.errors import ShapeError
 from funcmodels.ops.recurrent import recurrent
 from funcmodels.state import State, state
 
@@ -94,9 +95,20 @@ def key_chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Te
     No matrix of decays says then what tokens are to each other. Blocks of 2, 4, 8 ... tokens are
     halved: of a token in the left half and one in the right, the decay from the first to the middle
     goes to its key, that from there to the second to its query, and both are at most 1.
+
+    Raises:
+        ShapeError: more tokens, of which the first and the last would not meet.
     """
     S = carry["S"]
     q, k, v, g = (x[name].movedim(-3, -2) for name in "qkvg")  # (..., heads, n, key or value)
+    n = g.shape[-2]
+    if isinstance(n, int) and n > KEY_CHUNK:
+        raise ShapeError(
+            "gated linear attention: a chunk of too many tokens",
+            got=f"{n} tokens",
+            need=f"at most {KEY_CHUNK}, with a decay for each key",
+            fix=f"chunk={KEY_CHUNK}",
+        )
     g = g.clamp(min=FORGOTTEN)
     before, after, meet = _halves(g)
     keys = k[..., None, :, :] * (before @ g[..., None, :, :]).exp()  # (..., heads, levels, n, key)

@@ -1,14 +1,19 @@
 """The ready-made recurrences, against loops in float64 written from their formulas."""
 
+import functools
+import importlib
+
 import pytest
 import torch
 
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.errors import ShapeError
-from funcmodels.ops import delta_rule, linear_attention
-from funcmodels.ops.short_conv import chunked as conv_chunked
-from funcmodels.ops.short_conv import step as conv_step
+
+delta_rule, linear_attention, short_conv, ssd = (
+    importlib.import_module(f"funcmodels.ops.{name}")
+    for name in ("delta_rule", "linear_attention", "short_conv", "ssd")
+)
 
 SEQ, HEADS, KEY, VALUE = 150, 2, 4, 3  # longer than two chunks, and no multiple of one
 
@@ -33,15 +38,15 @@ def attention_loop(q, k, v, g):
 
 
 def delta_loop(q, k, v, g, beta):
-    S, out = torch.zeros(HEADS, VALUE, KEY).double(), []
+    S, out = [torch.zeros(VALUE, KEY).double()] * HEADS, []
     eye = torch.eye(KEY).double()
     for t in range(len(q)):
         for h in range(HEADS):
             kk = torch.outer(k[t, h], k[t, h])
-            S = S.clone()
-            S[h] = g[t, h].exp() * S[h] @ (eye - beta[t, h] * kk)
-            S[h] = S[h] + beta[t, h] * torch.outer(v[t, h], k[t, h])
-        out.append(torch.einsum("hvk,hk->hv", S, q[t]))
+            kept = g[t, h].exp() * S[h] @ (eye - beta[t, h] * kk)
+            new = kept + beta[t, h] * torch.outer(v[t, h], k[t, h])
+            S = [*S[:h], new, *S[h + 1 :]]
+        out.append(torch.einsum("hvk,hk->hv", torch.stack(S), q[t]))
     return torch.stack(out)
 
 
@@ -139,10 +144,65 @@ def test_chunked_forms_are_their_steps():
         < 1e-12
     )
     assert check(delta_rule.step, delta_rule.chunked, memory, of) < 1e-12
-    window = fm.state(x="channels window", dtype=torch.float32, channels=3, window=3)
-    params = {"weight": rows(3, 4), "bias": rows(3)}
-    conv = (conv_step, conv_chunked)
-    assert check(*conv, window, rows(20, 3), params=params) < 1e-12
+    window = fm.state(x="window channels", dtype=torch.float32, channels=5, window=3)
+    params = {"weight": rows(5, 4), "bias": rows(5)}
+    assert check(short_conv.step, short_conv.chunked, window, rows(20, 5), params=params) < 1e-12
+    held = fm.state(h="heads p n", dtype=torch.float64, heads=HEADS, p=VALUE, n=KEY)
+    mamba = {"x": v, "dt": g.exp(), "B": k[:, :1], "C": q[:, :1]}
+    params = {"A": -rows(HEADS).exp(), "D": rows(HEADS)}
+    assert check(ssd.step, ssd.chunked, held, mamba, params=params) < 1e-12
+
+
+def test_more_tokens_than_a_chunk_may_hold():
+    q, k, v, g = (x[:17] for x in inputs(by_key=True))
+    state = linear_attention.memory(HEADS, KEY, VALUE, torch.float64)
+    with pytest.raises(ShapeError, match="a chunk of too many tokens"):
+        linear_attention.key_chunked(
+            state.initial((), torch.device("cpu")), {"q": q, "k": k, "v": v, "g": g}
+        )
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_all_is_forgotten_at_once(by_key):
+    """A decay of 0, in the middle of a chunk: as a document that begins there."""
+    q, k, v, g = inputs(by_key)
+    g[70] = -torch.inf
+    args = tuple(x.clone().requires_grad_() for x in (q, k, v, g))
+    y = ops.gated_linear_attention(*args)
+    alone = ops.gated_linear_attention(*(x[70:] for x in args))
+    torch.testing.assert_close(y[70:], alone, rtol=0, atol=1e-12)
+    for grad in torch.autograd.grad(y[70:].square().sum(), args):
+        assert grad.isfinite().all()
+        assert (grad[:70] == 0).all()
+
+
+LOOPS = {
+    "linear attention": (ops.gated_linear_attention, attention_loop, False),
+    "by key": (ops.gated_linear_attention, attention_loop, True),
+    "delta rule": (ops.gated_delta_rule, delta_loop, False),
+}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", LOOPS)
+def test_derivatives_are_those_of_a_loop(name, remat):
+    """Of the first order by every input over several chunks, and of the second along one line."""
+    op, loop, by_key = LOOPS[name]
+    args = tuple(x[:40] for x in inputs(by_key))
+    args += (rows(40, HEADS, seed=9).sigmoid(),) * (name == "delta rule")
+    along = tuple(torch.ones_like(x) for x in args)
+    weights = rows(40, HEADS, VALUE, seed=8)
+
+    def loss(f, *args):
+        return (f(*args) * weights).square().sum()
+
+    def derivatives(f):
+        of = functools.partial(loss, f)
+        grads = torch.func.grad(of, argnums=tuple(range(len(args))))
+        return torch.func.jvp(grads, args, along)  # the gradients, and how they change
+
+    got = derivatives(functools.partial(op, remat=remat))
+    torch.testing.assert_close(got, derivatives(loop), rtol=1e-9, atol=1e-9)
 
 
 def test_bfloat16_keeps_its_state_in_float32():

@@ -257,8 +257,9 @@ def test_a_step_that_closes_over_a_tensor():
         h = decay * state["h"] + x
         return {"h": h}, h
 
-    with pytest.raises(TraceError, match=r'closes uses "decay", a tensor from outside'):
+    with pytest.raises(TraceError, match=r'closes uses "decay", a tensor from outside') as error:
         ops.recurrent(closes, STATE, rows(4, 3))
+    assert re.search(r"from: +test_recurrent.py:\d+ in closes", str(error.value))
 
 
 def test_shapes_that_cannot_be_read():
