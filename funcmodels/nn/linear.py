@@ -113,11 +113,11 @@ class RowParallelLinear(ParallelLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(self, x, self.in_features // (self.size if self.input_is_parallel else 1))
-        if self.ranks is None:
-            return F.linear(x, self.weight, self.bias)
-        if not self.input_is_parallel:
+        if self.ranks is not None and not self.input_is_parallel:
             (x,) = self.ranks.call("take_block", [x], x.ndim - 1, self.ranks.size)
-        (y,) = self.ranks.call("all_reduce", [F.linear(x, self.weight)])
+        y = F.linear(x, self.weight)
+        if self.ranks is not None:
+            (y,) = self.ranks.call("all_reduce", [y])
         return y if self.bias is None else y + self.bias
 
 
