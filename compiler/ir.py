@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.fx.node import map_arg
 
 from funcmodels.spec import Model, Param
 
@@ -128,6 +129,34 @@ class Program:
     def all(self) -> Iterator[Block]:
         yield from self.blocks.values()
         yield self.root
+
+
+def add_node(
+    graph: fx.Graph, op: str, target: Any, args: tuple, kwargs: dict, name: str | None = None
+) -> fx.Node:
+    """A new node at a graph's insertion point, which is its end if nothing else is said.
+
+    Its arguments come after it is made: `Graph.create_node` would look in each for torch's symbolic
+    sizes, which our graphs never hold, and that takes longer than all the rest.
+    """
+    node = graph.create_node(op, target, name=name)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A node of another graph, with its meta, at the end of this one.
+
+    Args:
+        env: for each node that it uses, this graph's.
+    """
+    args: Any = map_arg(node.args, env.__getitem__)
+    kwargs: Any = map_arg(node.kwargs, env.__getitem__)
+    new = add_node(graph, node.op, node.target, args, kwargs, node.name)
+    new.meta = dict(node.meta)
+    return new
 
 
 def is_factory(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ named by its path; `Plan.tensors` then says what the loader has to rename.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -104,6 +105,7 @@ class _Planner:
         self.program = program
         self.split = split
         self.maps = program.model.tensor_maps
+        self.names: dict[str, str] = {}  # path of a parameter -> of its tensor
         # The model without its head sits where its tensors' names begin, or, where they share no
         # beginning, at "model", as if they all began so.
         modules = [_module(self.maps[path].names[0]) for path in split.body.params]
@@ -226,19 +228,30 @@ class _Planner:
         """The attribute of each called block: where the checkpoint keeps its parameters."""
         paths = {c: [names[outer] for outer in binding(c).values()] for c in block.calls}
         places = {c: self.home(p) for c, p in paths.items()}
+        at = Counter(places.values())
+
+        def clashes(call: fx.Node) -> bool:
+            """Whether a block's place is its caller's, outside it, or another block's too."""
+            return not _below(places[call], anchor) or at[places[call]] > 1
+
+        def move(call: fx.Node, place: str) -> None:
+            at.subtract([places[call]])
+            at.update([place])
+            places[call] = place
+
         for call, all_paths in paths.items():
-            if _clashes(call, places, anchor):  # norms often live elsewhere than their block
+            if clashes(call):  # norms often live elsewhere than their block
                 matrices = [p for p in all_paths if len(self.program.model.by_path[p].shape) > 1]
-                places[call] = self.home(matrices)
+                move(call, self.home(matrices))
         own = {call: _common(all_paths) for call, all_paths in paths.items()}
         steps = {call: _at_index(places[call], own[call]) for call in paths}
         uses = Counter(steps.values())
         for call in paths:
             if block is self.split.body:
                 alone = steps[call] if uses[steps[call]] == 1 else None
-                places[call] = alone or _join(anchor, identifier(own[call]))
-            elif _clashes(call, places, anchor):
-                places[call] = _join(anchor, _plain(call))
+                move(call, alone or _join(anchor, identifier(own[call])))
+            elif clashes(call):
+                move(call, _join(anchor, _plain(call)))
         return {c: _below(place, anchor) or _plain(c) for c, place in places.items()}
 
     def home(self, paths: list[str]) -> str:
@@ -251,7 +264,9 @@ class _Planner:
 
     def tensor(self, path: str) -> str:
         """The checkpoint's name of a parameter, with the beginning of the module tree."""
-        return _join(self.prefix, without_spread(self.maps[path]))
+        if path not in self.names:
+            self.names[path] = without_spread(self.maps[path])
+        return _join(self.prefix, self.names[path])
 
     def linear(self, node: fx.Node, names: dict[str, str], module: str) -> None:
         """Send the weights and biases of a linear to its parameters."""
@@ -267,20 +282,20 @@ class _Planner:
             rows = zip(parts, params, node.kwargs["matrices"], leaves, strict=False)  # type: ignore[arg-type]
             for shard, param, matrix, leaf in rows:
                 path = names[str(param.target)]  # type: ignore[union-attr]
-                layout = _layout(self.maps[path], matrix if kind == "weight" else None)
+                map_ = self.maps[path]
+                layout = _layout(map_, matrix if kind == "weight" else None)
                 if kind == "weight" and not is_given(node):
-                    sides = _sides(self.maps[path], matrix)
-                    own = self.whole.get(stem(_module(self.maps[path].names[0]))) == len(leaves)
+                    sides = _sides(map_, matrix)
+                    own = self.whole.get(stem(_module(map_.names[0]))) == len(leaves)
                     own &= module == stem(_module(self.tensor(path)))
-                    self.lora_target(self.maps[path], sides, own)
-                sizes = self.maps[path].sizes if layout else ()
-                self.plan.tensors[self.maps[path].names[0]] = Destination(
+                    self.lora_target(map_, sides, own)
+                self.plan.tensors[map_.names[0]] = Destination(
                     f"{module}.{kind}",
                     shard,
                     leaf,
                     fused if shard is not None else "",
                     layout,
-                    sizes,
+                    map_.sizes if layout else (),
                 )
 
     def experts(self, node: fx.Node, names: dict[str, str], module: str) -> None:
@@ -309,10 +324,10 @@ class _Planner:
         One that holds several parameters they change as a whole: where the layer is all of it,
         under its name. Of copies they would change the one that has the matrix's own name, or none.
         """
-        stored, module = re.findall(r"\w+", map_.layout), _module(map_.names[0])
+        module = _module(map_.names[0])
         if stem(module) in self.copies or (MARK in module and not is_all):
             return
-        if all([axis for axis in stored if axis in side] == list(side) for side in sides):
+        if _in_order(map_.layout, tuple(map(tuple, sides))):
             self.plan.lora_targets.append(stem(module))
 
     def send(self, path: str, param: str) -> None:
@@ -386,13 +401,24 @@ def _shards(kind: str, count: int) -> tuple[str | int | None, ...]:
 
 def _layout(map_: TensorMap, matrix: layers.Matrix | None) -> str | None:
     """From the checkpoint's layout to the layer's [out, in]; None where they are the same."""
-    axes = map_.axes
-    if matrix is None:
-        want = f"({' '.join(axes)})" if len(axes) > 1 else " ".join(axes)
-    else:
-        want = " ".join(f"({' '.join(s)})" if len(s) > 1 else s[0] for s in _sides(map_, matrix))
-    have = " ".join(map_.layout.split())
+    sides = None if matrix is None else (matrix.out_dims, matrix.in_dims)
+    return _pattern(map_.axes, map_.layout, sides)
+
+
+@functools.cache
+def _pattern(axes: tuple[str, ...], layout: str, sides: tuple | None) -> str | None:
+    """As above, of some axes: the dims of a matrix's sides, or all in one."""
+    groups = [axes] if sides is None else [[axes[d] for d in dims] for dims in sides]
+    want = " ".join(f"({' '.join(s)})" if len(s) > 1 else " ".join(s) for s in groups)
+    have = " ".join(layout.split())
     return None if have == want else f"{have} -> {want}"
+
+
+@functools.cache
+def _in_order(layout: str, sides: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether a checkpoint stores the axes of each side in the layer's order."""
+    stored = re.findall(r"\w+", layout)
+    return all([axis for axis in stored if axis in side] == list(side) for side in sides)
 
 
 def _sides(map_: TensorMap, matrix: layers.Matrix) -> tuple[list[str], list[str]]:
@@ -428,7 +454,7 @@ def _parent(name: str) -> str:
 
 
 def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def _below(name: str, anchor: str) -> str | None:
@@ -459,13 +485,6 @@ def _plain(call: fx.Node) -> str:
     """A block's name without the number that tells its recordings apart: layers name it alike."""
     name, _, number = str(call.target).rpartition("_")
     return name if name and number.isdigit() else str(call.target)
-
-
-def _clashes(call: fx.Node, places: dict[fx.Node, str], anchor: str) -> bool:
-    """Whether a block's place is its caller's, outside it, or another block's too."""
-    place = places[call]
-    below = _below(place, anchor)
-    return not below or any(p == place for c, p in places.items() if c is not call)
 
 
 def _at_index(place: str, path: str) -> str | None:

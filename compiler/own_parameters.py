@@ -73,6 +73,11 @@ def _take_elements(program: Program, made: Made) -> bool:
     """Parameters of which only elements are read -> a parameter for each; whether there are any."""
     before = len(made.elements)
     blocks = {block.name: block for block in program.all()}
+    reads = {name: _reads(block) for name, block in blocks.items()}
+    if not any(
+        _accesses(blocks[b].params[p], nodes) for b in reads for p, nodes in reads[b].items()
+    ):
+        return False
     group: dict[Key, set[Key]] = {
         (b.name, p): {(b.name, p)} for b in blocks.values() for p in b.params
     }
@@ -81,7 +86,7 @@ def _take_elements(program: Program, made: Made) -> bool:
             joined = group[caller.name, outer] | group[callee.name, inner]
             for key in joined:
                 group[key] = joined
-    found = {key: _accesses(blocks[key[0]], key[1]) for key in group}
+    found = {(b, p): _accesses(blocks[b].params[p], reads[b].get(p, [])) for b, p in group}
     root = program.root.name
     for members in {id(m): m for m in group.values()}.values():
         paths = sorted(p for b, p in members if b == root)
@@ -123,13 +128,20 @@ def _worth(made: Made, paths: list[str], used: set[int]) -> bool:
 Access = tuple[fx.Node, int, tuple]  # a node that reads an element, which, and what of it
 
 
-def _accesses(block: Block, name: str) -> list[Access] | None:
+def _reads(block: Block) -> dict[str, list[fx.Node]]:
+    """The nodes that read each parameter."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in block.graph.nodes:
+        if node.op == "get_attr":
+            found.setdefault(str(node.target), []).append(node)
+    return found
+
+
+def _accesses(param: Param, reads: list[fx.Node]) -> list[Access] | None:
     """Where elements of a parameter are read; None where it is read otherwise."""
     found: list[Access] = []
-    for node in block.graph.nodes:
-        if node.op != "get_attr" or node.target != name:
-            continue
-        count = block.params[name].shape[0] if block.params[name].shape else 0
+    count = param.shape[0] if param.shape else 0
+    for node in reads:
         for user in node.users:
             parts: list[fx.Node] = [user]
             if is_call(user, torch.unbind) and not user.kwargs and user.args[1:] in ((), (0,)):

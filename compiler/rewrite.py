@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import Block, Program, TensorType
+from compiler.ir import Block, Program, TensorType, add_node, copy_node
 
 BlockPass = Callable[[Block], Block]
 ProgramPass = Callable[[Program], Program]
@@ -19,7 +19,7 @@ def copy_block(block: Block) -> Block:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in block.graph.nodes:
-        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node] = copy_node(graph, node, env)
     return replace(block, graph=graph, params=dict(block.params))
 
 
@@ -76,7 +76,7 @@ def insert(
     """A new node before another, with the line, type and placement of `like` where not given."""
     like = like or before
     with block.graph.inserting_before(before):
-        node = block.graph.create_node("call_function", target, args, kwargs or {}, name=name)
+        node = add_node(block.graph, "call_function", target, args, kwargs or {}, name)
     node.meta = dict(like.meta)
     if type is not None:
         node.meta["type"] = type

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from compiler import layers
-from compiler.ir import Block, Program, target_name, tensor_type
+from compiler.ir import Block, Program, copy_node, target_name, tensor_type
 from compiler.rewrite import is_param
 from funcmodels import ops
 from funcmodels.errors import LoweringError
@@ -104,9 +104,9 @@ def _part(
     for node in nodes:
         for used in node.all_input_nodes:  # a parameter that both parts read, as tied embeddings
             if used not in env and is_param(used):
-                env[used] = graph.node_copy(used, lambda n: env[n])
+                env[used] = copy_node(graph, used, env)
         if node not in env:
-            env[node] = graph.node_copy(node, lambda n: env[n])
+            env[node] = copy_node(graph, node, env)
     graph.output((env[result],))
     assert len(tensor_type(result).shape) == 2
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}

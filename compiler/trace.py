@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from compiler import aten, refuse, transforms
-from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, target_name
+from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, add_node, target_name
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
 from compiler.recurrence import Recurrence, recurrence
@@ -247,7 +247,7 @@ class _Tracer(TorchFunctionMode):
     def _node(
         self, op: str, target: Any, value: Any, args: tuple = (), kwargs: Any = None
     ) -> fx.Node:
-        node = self.scopes[-1].graph.create_node(op, target, args, kwargs or {})
+        node = add_node(self.scopes[-1].graph, op, target, args, kwargs or {})
         node.meta["where"] = users_line()
         one = isinstance(value, Tensor)
         types = self._type(value) if one else pytree.tree_map_only(Tensor, self._type, value)
@@ -419,10 +419,11 @@ class _Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # looking at shapes is no operation of the model
             described = tuple(self._describe(leaf, fn) for leaf in leaves)
         key = (fn, remat, spec, described, _aliases(leaves), surroundings(fn))
-        if key not in self.recorded:
-            self.recorded[key] = self._record(fn, leaves, spec, remat)
+        found = self.recorded.get(key)  # once: it hashes all of the key
+        if found is None:
+            found = self.recorded[key] = self._record(fn, leaves, spec, remat)
         with torch._C.DisableTorchFunction():
-            return self._call_of(self.recorded[key], fn, leaves)
+            return self._call_of(found, fn, leaves)
 
     # Recurrences
 

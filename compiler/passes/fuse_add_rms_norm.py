@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from compiler import layers
-from compiler.ir import Block, Program, TensorType, tensor_type
+from compiler.ir import Block, Program, TensorType, add_node, tensor_type
 from compiler.rewrite import (
     calls_of,
     copy_block,
@@ -221,11 +221,11 @@ def _take_results(block: Block, call: fx.Node) -> None:
     after = call
     for i, name in enumerate(("hidden_states", "residual")):
         with block.graph.inserting_after(after):
-            after = block.graph.create_node("call_function", operator.getitem, (call, i), name=name)
+            after = add_node(block.graph, "call_function", operator.getitem, (call, i), {}, name)
         after.meta = dict(meta)
         parts.append(after)
     with block.graph.inserting_after(after):
-        total = block.graph.call_function(torch.add, tuple(parts))
+        total = add_node(block.graph, "call_function", torch.add, tuple(parts), {})
     total.meta = {**meta, "pair": True}
     for user in users:
         user.replace_input_with(call, total)

@@ -48,11 +48,17 @@ def keep_operands(program: Program) -> Program:
     Each kernel is right on its own; together they would give wrong values without an error.
     """
     effects: dict[str, _Effects] = {}
-    blocks = {name: copy_block(block) for name, block in program.blocks.items()}
-    new = replace(program, root=copy_block(program.root), blocks=blocks)
-    for block in _callees_first(new):
-        effects[block.name] = _Block(block, effects).run()
-    return new
+    changed: dict[str, Block] = {}
+    for block in _callees_first(program):
+        try:
+            effects[block.name] = _Block(block, effects, is_own=False).run()
+        except _MustChangeError:
+            changed[block.name] = own = copy_block(block)
+            effects[block.name] = _Block(own, effects, is_own=True).run()
+    if not changed:
+        return program
+    root = changed.pop(program.root.name, program.root)
+    return replace(program, root=root, blocks=program.blocks | changed)
 
 
 def _callees_first(program: Program) -> list[Block]:
@@ -70,6 +76,10 @@ def _callees_first(program: Program) -> list[Block]:
     return list(found.values())
 
 
+class _MustChangeError(Exception):
+    """A block needs a copy of an operand, and is not ours to change."""
+
+
 class _Effects:
     """What a block does to its inputs' memory: which it overwrites, and which its results are."""
 
@@ -79,8 +89,9 @@ class _Effects:
 
 
 class _Block:
-    def __init__(self, block: Block, effects: dict[str, _Effects]) -> None:
+    def __init__(self, block: Block, effects: dict[str, _Effects], *, is_own: bool) -> None:
         self.block = block
+        self.is_own = is_own
         self.effects = effects
         self.memory: dict[fx.Node, Memory] = {}
         self.order = {node: i for i, node in enumerate(block.graph.nodes)}
@@ -123,6 +134,8 @@ class _Block:
         operand = node.args[at]
         assert isinstance(operand, fx.Node)
         if self._is_needed(operand, node, at):
+            if not self.is_own:
+                raise _MustChangeError
             copy = insert(self.block, node, torch.clone, (operand,), like=operand)
             node.update_arg(at, copy)
             self.memory[copy] = frozenset({(copy,)})
