@@ -27,6 +27,7 @@ Step = Callable[..., tuple[Carry, Any]]
 
 CHUNK = 64
 MOST_COMPILED = 8  # rounds of a loop that a graph of torch.compile may hold
+BACKEND = "inductor"  # of the compiled loops of so many tokens
 
 
 def recurrent(
@@ -46,11 +47,10 @@ def recurrent(
 
     `step` says what the recurrence is, one token at a time, and is enough. `chunked` computes the
     same for several tokens at once, and is the fast form: `fm.check_recurrence` compares the two.
-    Without it, each token is a step of its own. What it costs is its operations: with some five,
-    about 0.1 ms a token forwards and 0.2 ms with its gradient, for all sequences of a batch
-    together, and however small. `torch.compile` leaves a loop of more than 8 tokens, or chunks,
-    outside of its graph: compiled in it, a token takes a fourth of that, after a second of
-    compilation for each.
+    Without it, each token is a step of its own, and costs its operations, however small: with some
+    five, about 0.1 ms a token forwards and 0.2 ms with its gradient, for all sequences of a batch
+    together. `torch.compile` makes a third of that. It leaves a loop of more than 8 tokens, or
+    chunks, outside of its graph, and compiles one function of 8 tokens, in some 10 s, once.
 
     Args:
         step: pure; of a state (dict of (*batch, *shape)) and one token's x (the leaves of xs
@@ -113,25 +113,30 @@ def scan(
     starts = None if segment_ids is None else starts_of(segment_ids)
     seq = tree.leaves(xs)[0].shape[dims]
     if chunked is None:
-        return _loop(by_token, seq)(step, state, carry, xs, dims, starts)[1]
+        is_long = seq > MOST_COMPILED and torch.compiler.is_compiling()
+        loop = _outside(by_some_tokens, seq) if is_long else by_token
+        return loop(step, state, carry, xs, dims, starts)[1]
     chunk = min(chunk, seq)
     if starts is None:
-        return _loop(by_chunk, -(-seq // chunk))(chunked, state, carry, xs, dims, chunk)[1]
+        return _loop(-(-seq // chunk))(chunked, state, carry, xs, dims, chunk)[1]
     layout = Layout.of(starts, chunk)
     xs, chunks = tree.map(layout.spread, xs), layout.begins.shape[-1]
-    loop = _loop(by_chunk, chunks)
-    ys = loop(chunked, state, carry, xs, dims, chunk, layout.begins)[1]
+    ys = _loop(chunks)(chunked, state, carry, xs, dims, chunk, layout.begins)[1]
     return tree.map(layout.collect, ys)
 
 
-def _loop(fn: Any, rounds: int) -> Any:
-    """A loop; a long one outside of a graph of `torch.compile`, which would hold each round.
+def _loop(chunks: int) -> Any:
+    """`by_chunk`, of that many."""
+    is_long = chunks > MOST_COMPILED and torch.compiler.is_compiling()
+    return _outside(by_chunk, chunks) if is_long else by_chunk
 
-    A round takes the compiler about a second; what it could save are some of its operations.
+
+def _outside(loop: Any, rounds: int) -> Any:
+    """A long loop outside of a graph of `torch.compile`, which would hold each of its rounds.
+
+    A round takes the compiler about a second.
     """
-    if rounds <= MOST_COMPILED or not torch.compiler.is_compiling():
-        return fn
-    return torch.compiler.disable(fn, reason=f"ops.recurrent: a loop of {rounds} rounds")
+    return torch.compiler.disable(loop, reason=f"ops.recurrent: a loop of {rounds} rounds")
 
 
 def given(fn: Step, params: Any) -> Step:
@@ -171,6 +176,26 @@ def by_token(
             check_state(step, state, carry)
         ys.append(y)
     return carry, tree.map(lambda *y: torch.stack(y, dim=dims), *ys)
+
+
+def by_some_tokens(
+    step: Step, state: State, carry: Carry, xs: Any, dims: int, starts: Tensor | None
+) -> tuple[Carry, Any]:
+    """As `by_token`, by a compiled function of `MOST_COMPILED` tokens, whatever their number."""
+
+    def some(carry: Carry, x: Any) -> tuple[Carry, Any]:
+        return by_token(step, state, carry, x[0], dims, *x[1:])
+
+    given = (xs,) if starts is None else (xs, starts)
+    seq = tree.leaves(xs)[0].shape[dims]
+    sizes = [seq - seq % MOST_COMPILED, seq % MOST_COMPILED]
+    first, last = _parts(given, lambda x: x.split(sizes, dims))
+    fast = torch.compile(some, dynamic=False, backend=BACKEND)
+    carry, ys = by_chunk(fast, state, carry, first, dims, MOST_COMPILED)
+    if not sizes[1]:
+        return carry, ys
+    carry, rest = some(carry, last)
+    return carry, tree.map(lambda *y: torch.cat(y, dim=dims), ys, rest)
 
 
 def by_chunk(

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import pytest
 import torch
@@ -131,12 +132,15 @@ def test_remat_keeps_the_states_alone(packed):
 
 
 @pytest.mark.slow
-def test_what_is_compiled_is_the_same():
-    """Few chunks lie in the graph, many beside it, as a loop of tokens and its trial do."""
-    x = rows(2, 40, 3)
+def test_what_is_compiled_is_the_same(monkeypatch):
+    """Few chunks lie in the graph, many beside it; tokens are taken by eights, and the rest."""
+    monkeypatch.setattr(sys.modules["funcmodels.ops.recurrent"], "BACKEND", "aot_eager")
+    x, ids = rows(2, 43, 3), torch.arange(43).expand(2, 43) // 15
 
-    def f(x, chunked, chunk, remat):
-        y = ops.recurrent(leaky, STATE, x, chunked=chunked, chunk=chunk, remat=remat)
+    def f(x, chunked, chunk, remat, ids):
+        y = ops.recurrent(
+            leaky, STATE, x, chunked=chunked, chunk=chunk, remat=remat, segment_ids=ids
+        )
         return y.square().sum()
 
     def short(x):
@@ -144,13 +148,22 @@ def test_what_is_compiled_is_the_same():
         return y.square().sum()
 
     compiled = torch.compile(f, backend="aot_eager")
-    for options in ((None, 1, False), (leaky_chunk, 2, False), (leaky_chunk, 16, True)):
+    for options in (
+        (None, 1, False, None),
+        (None, 1, False, ids),
+        (leaky_chunk, 2, False, None),
+        (leaky_chunk, 2, True, ids),
+        (leaky_chunk, 16, True, None),
+    ):
         found = []
         for fn in (f, compiled):
             leaf = x.clone().requires_grad_()
             loss = fn(leaf, *options)
             found.append((loss, *torch.autograd.grad(loss, leaf)))
         torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    gradient = torch.func.grad(lambda x: compiled(x, None, 1, False, None))(x)
+    want = torch.func.grad(lambda x: f(x, None, 1, False, None))(x)
+    torch.testing.assert_close(gradient, want, rtol=0, atol=1e-12)
     whole = torch.compile(short, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(whole(x), short(x), rtol=0, atol=1e-12)
 
