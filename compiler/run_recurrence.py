@@ -12,7 +12,8 @@ from compiler.ir import MODEL_DTYPE, Block, LocalSize
 from compiler.placement import Shard
 from compiler.recurrence import Recurrence
 from funcmodels import tree
-from funcmodels.ops.recurrent import Carry, scan
+from funcmodels.ops.recurrent import Carry, given, scan
+from funcmodels.remat import remat
 from funcmodels.state import Slot, State
 
 
@@ -48,7 +49,9 @@ def run_recurrence(
     state = _of_ranks(found, evaluator)
     is_flat = not found.seq_dims
 
-    def on(block: Block, carry: Carry, x: Any, sizes: dict[str, int]) -> tuple[Carry, Any]:
+    def on(
+        block: Block, carry: Carry, x: Any, params: Any, sizes: dict[str, int]
+    ) -> tuple[Carry, Any]:
         inputs = [[carry[f"{name}.{rank}"] for rank in ranks] for name in names]
         out = evaluator.with_sizes(sizes).block(block, {}, [*inputs, *x, *params])
         after = {
@@ -58,21 +61,22 @@ def run_recurrence(
         }
         return after, out[len(names) :]
 
-    def step(carry: Carry, x: Any) -> tuple[Carry, Any]:
+    def step(carry: Carry, x: Any, params: Any) -> tuple[Carry, Any]:
         if not is_flat:
-            return on(found.step, carry, x, {"batch": x[0][0].shape[0]})
+            return on(found.step, carry, x, params, {"batch": x[0][0].shape[0]})
         carry, x = tree.map(lambda t: t.unsqueeze(0), (carry, x))
-        after, y = on(found.step, carry, x, {"num_tokens": 1})
+        after, y = on(found.step, carry, x, params, {"num_tokens": 1})
         return tree.map(lambda t: t.squeeze(0), (after, y))
 
-    def chunked(carry: Carry, x: Any) -> tuple[Carry, Any]:
+    def chunked(carry: Carry, x: Any, params: Any) -> tuple[Carry, Any]:
         assert found.chunked is not None
         some = x[0][0].shape
         sizes = {"num_tokens": some[0]} if is_flat else {"batch": some[0], "seq": some[1]}
-        return on(found.chunked, carry, x, sizes)
+        return on(found.chunked, carry, x, params, sizes)
 
-    form = None if found.chunked is None else chunked
-    return scan(step, form, state, xs, found.seq_dims, found.chunk, segment_ids)
+    form = remat(chunked) if found.remat else chunked
+    form = None if found.chunked is None else given(form, params)
+    return scan(given(step, params), form, state, xs, found.seq_dims, found.chunk, segment_ids)
 
 
 def _of_ranks(found: Recurrence, evaluator: Evaluator) -> State:

@@ -91,6 +91,7 @@ def recurrent(
             chunk=chunk,
             segment_ids=segment_ids,
             kernel=kernel,
+            remat=remat,
         )
     dims = batch_dims_of(step, state, xs, segment_ids, params, batch_dims)
     if remat and chunked is not None:

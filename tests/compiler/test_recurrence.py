@@ -38,6 +38,43 @@ def test_partitioned_equals_the_function(kind, batched, segments):
             torch.testing.assert_close(logits, want, rtol=0, atol=2e-6)  # states are float32
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_is_recorded(remat):
+    """A compiled model keeps the states between chunks alone, where the model asks for that."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        v = einsum(x, params["v"], "... e, h d e -> ... h d")
+        g = -v.square().mean(-1)
+        y = ops.gated_linear_attention(v, v, v, g, segment_ids=segment_ids, remat=remat)
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    model = model_of(None, forward=forward)
+    module = fm.compile_to_torch(model).reset(seed=0)
+    tokens = torch.arange(256)[None] % 16
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logits = module(tokens, torch.arange(256)[None])
+    of_chunks = 4 * 2 * 64 * 64  # bytes of one matrix of scores in each of four chunks
+    assert (sum(kept.values()) > 4 * of_chunks) is not remat
+    weights = fm.tree.map(torch.Tensor.detach, module.weights())
+    want = fm.grad_and_value(lambda w: model.forward(w, tokens, positions_of(tokens)).sum())(
+        weights
+    )
+    logits.sum().backward()
+    for (path, grad), p in zip(fm.tree.items(want[0]), module.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5, msg=path)
+
+
+def positions_of(tokens):
+    return torch.arange(tokens.shape[-1]).expand(tokens.shape)
+
+
 def test_a_block_is_recorded_once():
     program = trace(recurrent_model("delta", "delta", "delta"))
     nodes = [n for b in program.all() for n in b.graph.nodes if n.target is recurrence]
@@ -47,10 +84,10 @@ def test_a_block_is_recorded_once():
 P = fm.axes(vocab=16, hidden=8, heads=2, value=4)
 
 
-def model_of(step, sharding=("heads",)):
+def model_of(step, sharding=("heads",), forward=None):
     """A model of one recurrence over (heads, value)."""
 
-    def forward(params, tokens, positions, segment_ids=None):
+    def with_step(params, tokens, positions, segment_ids=None):
         x = ops.embed(tokens, params["embed"])
         v = einsum(x, params["v"], "... e, h d e -> ... h d")
         state = fm.state(S="heads value", dtype=v.dtype, heads=2, value=4)
@@ -63,7 +100,8 @@ def model_of(step, sharding=("heads",)):
         "o": P("hidden heads value"),
     }
     table = dict.fromkeys(sharding, "tp")
-    return fm.Model("Step", config={}, params=params, forward=forward, sharding=table)
+    given = forward or with_step
+    return fm.Model("Step", config={}, params=params, forward=given, sharding=table)
 
 
 def over_heads(state, x):
