@@ -289,7 +289,17 @@ def _sizes(model: Model, needs: list[Need]) -> list[str]:
     out = []
     for axis, units in dict.fromkeys((n.axis, n.units) for n in needs):
         field = FIELD_OF_AXIS.get(axis, axis)
-        out.append(f"{field if config.get(field) == units else axis}={units}")
+        declared = {
+            n
+            for param in model.by_path.values()
+            for of, n in zip(param.axes, param.shape, strict=True)
+            if of == axis
+        }
+        # What the engine pads is not what the user wrote.
+        unpadded = [n for n in declared if padded(n) == units]
+        wrote = unpadded[0] if unpadded and units not in declared else units
+        size = f"{wrote}" if wrote == units else f"{wrote} (padded to {units})"
+        out.append(f"{field if config.get(field) in (units, wrote) else axis}={size}")
     return out
 
 

@@ -248,3 +248,34 @@ def functional_layer_norm(view: View) -> Any:
 
 
 RULES[ops.layer_norm], RULES[F.layer_norm] = layer_norm, functional_layer_norm
+
+
+def _rms_norm(steps: Steps, view: View, x: fx.Node, weight: Any, eps: float) -> fx.Node:
+    """As torch does it: the weight is multiplied in float32 too, and rounding comes last."""
+    dim = len(view.type(x).shape) - 1
+    wide = steps.wide(x)
+    square = steps("square", torch.square, wide)
+    mean = steps("mean", torch.mean, square, dim, True, over=dim)
+    scale = steps("scale", torch.rsqrt, steps("mean", torch.add, mean, eps))
+    found = steps("unit", torch.mul, wide, scale)
+    if isinstance(weight, fx.Node):
+        found = steps("scaled", torch.mul, found, steps.wide(weight))
+    return steps.cast(found, view.type(view.node).dtype)
+
+
+_whole_rms_norm = RULES[F.rms_norm]
+
+
+def functional_rms_norm(view: View) -> Any:
+    """Not without eps, which torch then takes from the dtype: while tracing, that is a stand-in."""
+    weight, eps = view.arg(2, "weight"), view.arg(3, "eps")
+    x = view.tensors[0]
+    at, rank = view.at(x), len(view.type(x).shape)
+    is_over = isinstance(at, Shard) and at.dim == rank - 1 and at.units > 1
+    several = len(view.arg(1, "normalized_shape")) > 1
+    if several or eps is None or not is_over or view.axis == TOKENS:
+        return _whole_rms_norm(view)
+    return Spelled(lambda steps: _rms_norm(steps, view, x, weight, eps))
+
+
+RULES[F.rms_norm] = functional_rms_norm

@@ -116,6 +116,9 @@ def test_a_vocabulary_is_padded():
     found = fm.explain(model, tp=4)
     assert [p.local_shape for p in found.parameters] == [(256, 16), (256, 16)]
     assert [p.padding for p in found.parameters] == [6 * 16 * 2] * 2
+    with pytest.raises(ShardingError) as error:
+        fm.check(model, tp=3)
+    assert "vocab=1000 (padded to 1024), tp=3" in error.value.lines["got"]
     assert found.weights == 2 * 256 * 16 * 2
     with pytest.raises(ShardingError, match="tp divides vocab"):
         fm.explain(model, tp=3)
