@@ -149,11 +149,15 @@ class ServedRotary(nn.Module):
                 vllm_runtime.check_positions(vllm_config, served.table)
             else:  # past its end the table is read all the same
                 limit = max(limit or 0, vllm_config.model_config.max_model_len)
-        if limit is None:
+        if limit is None or (vllm_config.model_config is None and served.check is not None):
             raise LoweringError(
-                "vLLM's rope has a table of angles, of a length that is not known",
-                need="max_position, outside an engine",
-                fix="fm.nn.RotaryEmbedding(..., max_position=...)",
+                "how far the angles of this rope must reach is not known",
+                got="no max_position, outside an engine"
+                if served.check is None
+                else f"rope type {served.check[2]!r}, outside an engine",
+                need="vLLM's config of a model, or, for ropes that do not depend on the length, "
+                "max_position",
+                fix="call to_vllm in the __init__ of a class that vLLM makes, or give max_position",
             )
         table = settings["max_position"] if served.table is not None else limit
         self.rope = get_rope(

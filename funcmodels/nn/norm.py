@@ -17,6 +17,7 @@ class RMSNorm(ParallelLayer):
         hidden_size: of the last dim, which is whole on each rank.
         eps: added inside the square root; no default, since models differ.
         offset: 1.0 where the weight is kept minus one, as Gemma's; it starts as zeros then.
+        rounds_once: see `ops.rms_norm`.
         mesh: None where x is the same on all ranks, as residuals are. The ranks where each has
             values of its own, as the heads that a column-parallel layer returned: the weight is
             whole on each, and its gradient is summed over them.
@@ -33,12 +34,14 @@ class RMSNorm(ParallelLayer):
         *,
         eps: float,
         offset: float = 0.0,
+        rounds_once: bool = False,
         mesh: Mesh = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(mesh)
-        self.hidden_size, self.eps, self.offset = hidden_size, eps, offset
+        self.hidden_size = hidden_size
+        self.eps, self.offset, self.rounds_once = eps, offset, rounds_once
         self.declare("weight", (hidden_size,), dtype, device)
         self.reset_parameters()
 
@@ -46,7 +49,10 @@ class RMSNorm(ParallelLayer):
         nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, vary_over(self.ranks, self.weight), eps=self.eps, offset=self.offset)
+        weight = vary_over(self.ranks, self.weight)
+        return ops.rms_norm(
+            x, weight, eps=self.eps, offset=self.offset, rounds_once=self.rounds_once
+        )
 
     def extra_repr(self) -> str:
         offset = f", offset={self.offset}" if self.offset else ""

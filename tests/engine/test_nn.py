@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import funcmodels as fm
-from funcmodels.errors import FuncModelsError
 from tests.engine.harness import run_in_engine, serve
 from tests.nn import modules
 from tests.nn.modules import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, Decoder
@@ -116,9 +116,22 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-def ropes() -> dict[str, fm.nn.RotaryEmbedding]:
+BY_LENGTH: dict[str, dict[str, Any]] = {
+    "dynamic": {"scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "longrope": {
+        "scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + i / 16 for i in range(16)],
+            "long_factor": [4.0] * 16,
+            "original_max_position_embeddings": 32,
+        }
+    },
+}
+
+
+def ropes(of: dict[str, dict[str, Any]] = ROPES) -> dict[str, fm.nn.RotaryEmbedding]:
     given = {"theta": 100.0, "max_position": 64}
-    return {n: fm.nn.RotaryEmbedding(HEAD_DIM, **given, **o) for n, o in ROPES.items()}
+    return {n: fm.nn.RotaryEmbedding(HEAD_DIM, **given, **o) for n, o in of.items()}
 
 
 def turned(rope: Any) -> torch.Tensor:
@@ -139,12 +152,13 @@ class WithBuffer(nn.Module):
 def refused(call: Callable[[], Any]) -> str:
     try:
         call()
-    except FuncModelsError as error:
+    except ValueError as error:
         return str(error)
     return "nothing was refused"
 
 
 def of_rank() -> dict[str, Any]:
+    from vllm.config import get_current_vllm_config
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -178,13 +192,27 @@ def of_rank() -> dict[str, Any]:
         "buffer": refused(lambda: fm.nn.to_vllm(buffered, prefix="model")),
         "values": refused(lambda: fm.nn.to_vllm(source().mlp, quant_config=object())),
     }
-    return found
+    by_length = ropes(BY_LENGTH)
+    found["errors"]["length"] = refused(lambda: fm.nn.to_vllm(by_length["dynamic"]))
+    config = get_current_vllm_config()
+    config.model_config = SimpleNamespace(max_model_len=32)  # all that a rope asks of it
+    found["ropes"] |= {name: turned(fm.nn.to_vllm(rope)) for name, rope in by_length.items()}
+    config.model_config = SimpleNamespace(max_model_len=100)
+    for name in ("yarn", "dynamic", "longrope"):
+        long = (ropes() | by_length)[name]
+        found["errors"][name] = refused(lambda rope=long: fm.nn.to_vllm(rope))
+    table = fm.nn.to_vllm(ropes()["halves"]).rope.cos_sin_cache
+    return found | {"table": len(table)}
 
 
 REFUSED = {
+    "length": r"is not known\n +got: +rope type 'dynamic', outside an engine",
+    "yarn": r"angles for 64 positions[\s\S]*max_model_len=64",
+    "dynamic": r"'dynamic' depends on the length[\s\S]*max_model_len=64",
+    "longrope": r"angles for 64 positions",
     "offset": r"no RMSNorm with offset 0.5[\s\S]*from: +model.norm\n +fix: +fold the offset",
     "derived": r"no layer for Derived[\s\S]*need: +ColumnParallelLinear, [\s\S]*wrap a layer",
-    "positions": r"of a length that is not known[\s\S]*max_position=\.\.\.",
+    "positions": r"is not known\n +got: +no max_position[\s\S]*give max_position",
     "buffer": r"model.mask\n +got: +a buffer on the meta device",
     "values": r"got: +norm.weight on cpu[\s\S]*torch.device\(\"meta\"\)",
 }
@@ -195,13 +223,14 @@ def test_a_module_on_vllms_layers_is_the_module(ranks):
     with torch.no_grad():
         module = source()
         want = outputs(module, module.head)
-        angles = {name: turned(rope) for name, rope in ropes().items()}
+        angles = {name: turned(rope) for name, rope in ropes({**ROPES, **BY_LENGTH}).items()}
     for rank, got in enumerate(in_parallel_state(ranks, of_rank)):
         for name, value in want.items():
             if name in ("heads", "rope"):
                 value = value.chunk(ranks, 1)[rank]
             torch.testing.assert_close(got[name], value, rtol=TOLERANCE, atol=TOLERANCE)
         torch.testing.assert_close(got["ropes"], angles, rtol=TOLERANCE, atol=TOLERANCE)
+        assert got["table"] == 100
         assert got["tied"]
         assert got["q is kept"]
         assert got["prefix"] == "model.mlp.down"

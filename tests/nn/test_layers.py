@@ -45,6 +45,11 @@ def test_the_others_are_the_ops():
     norm, gemma = fm.nn.RMSNorm(HIDDEN, eps=EPS), fm.nn.RMSNorm(HIDDEN, eps=EPS, offset=1.0)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (HIDDEN,), eps=EPS))
     torch.testing.assert_close(gemma(x), norm(x))
+    once, low = fm.nn.RMSNorm(HIDDEN, eps=EPS, rounds_once=True).bfloat16(), x.bfloat16()
+    nn.init.normal_(once.weight)
+    want = ops.rms_norm(low, once.weight, eps=EPS, rounds_once=True)
+    assert torch.equal(once(low), want)
+    assert not torch.equal(want, ops.rms_norm(low, once.weight, eps=EPS))
     want = F.layer_norm(x, (HIDDEN,), eps=EPS)
     torch.testing.assert_close(fm.nn.LayerNorm(HIDDEN, eps=EPS)(x), want)
     assert fm.nn.LayerNorm(HIDDEN, eps=EPS, bias=False).bias is None
