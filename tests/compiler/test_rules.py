@@ -319,6 +319,8 @@ ROWS = [
     row("flip of the cut", lambda x: x.flip(0), "a/tp b", gathers=True),
     row("cummax", lambda x: x.cummax(-1).values + torch.cummin(x, -1)[0] + x.logcumsumexp(-1), "a/tp b"),
     row("cumsum of the cut", lambda x: x.cumsum(0), "a/tp b", gathers=True),
+    row("topk of the cut", lambda x: x.topk(2, 0).values, "a/tp b", gathers=True),
+    row("sort of the cut", lambda x: x.sort(0).values, "a/tp b", gathers=True),
     row("median", lambda x: x.median(-1).values + x.nansum(-1) + x.nanmean(-1), "a/tp b"),
     row("aminmax", lambda x: torch.aminmax(x, dim=-1), "a/tp b"),
     row("count_nonzero", lambda x: torch.count_nonzero(x > 0, -1), "a/tp b"),
