@@ -297,6 +297,10 @@ class Processes(Comm):
         """Every rank's x, one after the other along the first dim."""
         return _c10d.all_gather_into_tensor(x.contiguous(), self.size, self.group)
 
+    def start_gather_into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same, into memory that is there."""
+        return _c10d.all_gather_into_tensor_out(x.contiguous(), self.size, self.group, out=out)
+
     def start_scatter(self, x: Tensor) -> Tensor:
         """The own one of equal blocks along the first dim of the sum over the ranks."""
         return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.group)

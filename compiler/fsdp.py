@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import get_gradient_edge
 
 from compiler.comm import Processes, wait
@@ -26,6 +25,10 @@ from compiler.mesh import Cut
 from funcmodels.remat import remat
 
 Tensors = list[Tensor]
+
+# A parameter of so many bytes is sent by itself, from its own memory into its own: beside the time
+# that takes, a call costs nothing, and a copy of a large vocabulary's table would be the peak.
+LARGE = 4 << 20
 
 
 class Gather:
@@ -55,9 +58,21 @@ class Gather:
                 out[i] = self.comm.call("vary", [shard])[0] if floating else shard
         return out
 
-    def start(self, shards: Tensors) -> Tensors:
-        """Start to gather; for `finish`."""
-        return [self.comm.start_gather(self._flat(shards, at)) for at in self._groups(shards)]
+    def start(self, shards: Tensors, into: Tensors | None = None) -> Tensors:
+        """Start to gather; for `finish`.
+
+        Large parameters go to the freed ones of `into`, where those are given.
+        """
+        started = []
+        for at in self._groups(shards):
+            flat = self._flat(shards, at)
+            one = len(at) == 1 and self._by_itself(at[0], flat.nbytes * self.comm.size)
+            if into is None or not one:
+                started.append(self.comm.start_gather(flat))
+                continue
+            whole = _with_memory(into[at[0]])
+            started.append(self.comm.start_gather_into(flat, whole.view(-1)))
+        return started
 
     def finish(self, started: Tensors, shards: Tensors) -> Tensors:
         """Whole parameters from what was started, without a graph; each of its own memory."""
@@ -75,23 +90,19 @@ class Gather:
         """
         out: list[Any] = [None] * len(grads)
         for at in self._groups(grads):
-            rows, sizes = [], []
-            for i in at:
-                cut = self._cut(i)
-                filled = torch.nn.functional.pad(
-                    grads[i],
-                    (0, 0) * (grads[i].ndim - 1 - cut.dim) + (0, cut.width * cut.parts - cut.size),
-                )
-                parts = filled.unflatten(cut.dim, (cut.parts, cut.width)).movedim(cut.dim, 0)
-                rows.append(parts.reshape(cut.parts, -1))
-                sizes.append(parts.shape[1:])
-            flat = self.comm.late(self.comm.start_scatter(torch.cat(rows, 1).view(-1)))
-            if waits or not all(self.lands[i] for i in at):
-                wait(flat)
+            by_rank = [self._cut(i).rows(grads[i]) for i in at]
+            sizes = [parts.shape[1:] for parts in by_rank]
+            rows = [parts.reshape(len(parts), -1) for parts in by_rank]
+            widths = [row.shape[1] for row in rows]
+            sent = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+            del by_rank, rows
+            flat = self.comm.late(self.comm.start_scatter(sent.view(-1)))
+            del sent
             for i in at:
                 grads[i] = None
-            pieces = flat.split([row.shape[1] for row in rows])
-            for i, piece, size in zip(at, pieces, sizes, strict=True):
+            if waits or not all(self.lands[i] for i in at):
+                wait(flat)
+            for i, piece, size in zip(at, flat.split(widths), sizes, strict=True):
                 cut = self._cut(i)
                 own = cut.part(self.comm.rank)[1]
                 out[i] = piece.view(size).narrow(cut.dim, 0, own)
@@ -106,16 +117,24 @@ class Gather:
         return cut
 
     def _groups(self, tensors: list[Any]) -> list[list[int]]:
-        """The places of the cut parameters, of one dtype together."""
-        groups: dict[torch.dtype, list[int]] = {}
+        """The places of the cut parameters, of one dtype together, but for large ones."""
+        groups: dict[Any, list[int]] = {}
         for i, (tensor, cut) in enumerate(zip(tensors, self.cuts, strict=True)):
             if cut is not None and tensor is not None:
-                groups.setdefault(tensor.dtype, []).append(i)
+                whole = tensor.nbytes // tensor.shape[cut.dim] * cut.size if tensor.nbytes else 0
+                key = i if self._by_itself(i, whole) else tensor.dtype
+                groups.setdefault(key, []).append(i)
         return list(groups.values())
+
+    def _by_itself(self, i: int, nbytes: int) -> bool:
+        """Whether a parameter, of so many bytes when whole, is sent without being copied."""
+        cut = self._cut(i)
+        return nbytes >= LARGE and cut.dim == 0 and cut.size % cut.parts == 0
 
     def _flat(self, shards: Tensors, at: list[int]) -> Tensor:
         """Shards one after the other, each filled up to the same size on every rank."""
-        return torch.cat([self._cut(i).filled(shards[i]).reshape(-1) for i in at])
+        each = [self._cut(i).filled(shards[i]).reshape(-1) for i in at]
+        return each[0] if len(each) == 1 else torch.cat(each)
 
     def _split(self, flat: Tensor, at: list[int], shards: Tensors) -> Iterator[tuple[int, Tensor]]:
         """Whole parameters out of all ranks' flat shards."""
@@ -139,15 +158,15 @@ class Run:
     calls: list[_Call] = field(default_factory=list)
     started: dict[Any, Tensors] = field(default_factory=dict)
 
-    def ahead(self, key: Any, unit: Unit, shards: Tensors) -> None:
-        """Start to gather what will be needed next."""
+    def ahead(self, key: Any, unit: Unit, shards: Tensors, into: Tensors | None = None) -> None:
+        """Start to gather what will be needed next; `into`, see `Gather.start`."""
         if key not in self.started:
-            self.started[key] = unit.gather.start(shards)
+            self.started[key] = unit.gather.start(shards, into)
 
-    def take(self, key: Any, unit: Unit, shards: Tensors) -> Tensors:
+    def take(self, key: Any, unit: Unit, shards: Tensors, into: Tensors | None = None) -> Tensors:
         """Whole parameters, started before or now."""
-        started = self.started.pop(key, None)
-        return unit.gather.finish(started or unit.gather.start(shards), shards)
+        self.ahead(key, unit, shards, into)
+        return unit.gather.finish(self.started.pop(key), shards)
 
 
 class Unit:
@@ -248,6 +267,11 @@ class _Call:
         cuts = self.unit.gather.cuts
         return itertools.compress(self.leaves[self.n_inputs :], [cut is not None for cut in cuts])
 
+    @property
+    def freed(self) -> Tensors | None:
+        """The whole parameters that the graph kept, without their memory."""
+        return self.leaves[self.n_inputs :] if self.outputs else None
+
     def graph(self, inputs: Tensors, params: Tensors) -> Tensors:
         """Run the part, keeping its own piece of the graph."""
         with torch.enable_grad():
@@ -263,13 +287,14 @@ class _Call:
         """The gradients of the inputs and shards that need one."""
         inputs, _, _ = self.split(tensors)
         unit, run = self.unit, self.run
-        params = run.take(("backward", id(self)), unit, self.shards)
-        if self.before is not None and self.before.differentiates:
-            run.ahead(("backward", id(self.before)), self.before.unit, self.before.shards)
+        params = run.take(("backward", id(self)), unit, self.shards, self.freed)
+        if (before := self.before) is not None and before.differentiates:
+            run.ahead(("backward", id(before)), before.unit, before.shards, before.freed)
         if self.outputs:
             own = itertools.compress(params, [cut is not None for cut in unit.gather.cuts])
             for empty, param in zip(self.params, own, strict=True):
-                _fill(empty, param)
+                if not empty.untyped_storage().nbytes():
+                    _fill(empty, param)
         else:
             self.graph(inputs, params)
         del params
@@ -376,8 +401,14 @@ def _free(param: Tensor) -> None:
 
 def _fill(param: Tensor, value: Tensor) -> None:
     """Give a freed parameter its values again."""
-    storage = param.untyped_storage()
-    storage.resize_(param.numel() * param.element_size())
-    # To autograd, which saved it, nothing has changed.
-    with torch.no_grad(), _unsafe_preserve_version_counter(param):
-        param.copy_(value)
+    _with_memory(param).copy_(value)
+
+
+def _with_memory(param: Tensor) -> Tensor:
+    """A freed parameter with memory again, to be written.
+
+    It is `data`, whose versions are its own: to autograd, which saved the parameter, nothing has
+    changed, and a collective writes when it likes.
+    """
+    param.untyped_storage().resize_(param.nbytes)
+    return param.data

@@ -65,6 +65,12 @@ class Cut:
         missing = self.width - x.shape[self.dim]
         return F.pad(x, (0, 0) * (x.ndim - 1 - self.dim) + (0, missing)) if missing else x
 
+    def rows(self, whole: Tensor) -> Tensor:
+        """(ranks, *shape of a part): a whole tensor as the ranks' parts, each filled up."""
+        if missing := self.width * self.parts - self.size:
+            whole = F.pad(whole, (0, 0) * (whole.ndim - 1 - self.dim) + (0, missing))
+        return whole.unflatten(self.dim, (self.parts, self.width)).movedim(self.dim, 0)
+
 
 def cut_of(shape: tuple[int, ...], parts: int) -> Cut | None:
     """How a parameter is cut: along the first dim that the ranks divide, else its largest.

@@ -11,7 +11,7 @@ import funcmodels as fm
 from compiler import fsdp
 from tests import tiny_llama
 from tests.distributed.ranks import mesh_of, on_ranks
-from tests.distributed.training import batch, model, train, train_all
+from tests.distributed.training import STEPS, batch, model, train, train_all
 
 ON_TWO: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {}),
@@ -78,6 +78,27 @@ def test_each_rank_holds_its_share(alone: dict[str, Any], on_two: list[Any], on_
             shares = {"dp2": 1, "fsdp2 x tp2": 4, "fsdp2 x tp2, sequence parallel": 4}
             expected = whole / shares.get(name, 2)
             assert expected <= found["numel"] <= 1.02 * expected  # norms are whole along tp
+
+
+def train_large(meshes: dict[str, tuple[dict[str, int], dict[str, Any]]]) -> dict[str, Any]:
+    """`train`, with every parameter that can be sent by itself."""
+    fsdp.LARGE = 1
+    into, sent = fsdp.Processes.start_gather_into, []
+
+    def counted(self: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        assert x.untyped_storage().nbytes() == x.nbytes  # the shard itself, and no copy
+        sent.append(out.numel())
+        return into(self, x, out)
+
+    fsdp.Processes.start_gather_into = counted  # type: ignore[method-assign]
+    return {**train_all(meshes), "sent": sum(sent)}
+
+
+@pytest.mark.slow
+def test_large_parameters_are_sent_by_themselves(alone: dict[str, Any]):
+    for rank in on_ranks(2, train_large, {"fsdp2": ON_TWO["fsdp2"]}):
+        check(rank["fsdp2"], alone)
+        assert rank["sent"] >= (STEPS + 1) * alone["numel"]  # in each backward, all of them
 
 
 def whole_at_once() -> dict[str, int]:
