@@ -104,12 +104,13 @@ def fit(
         NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
             the first block. The weights were not touched by that step.
         CheckpointError: the newest checkpoint is of another model or optimiser.
-        TrainingError: an optimiser that cannot work on parts of parameters.
+        TrainingError: an optimiser of your own that cannot work on parts of parameters.
     """
     weights = tree.map(lambda w: w.detach() if donate else w.detach().clone(), weights)
     done = Fitted(weights, optimizer.init(weights))
     device = tree.leaves(weights)[0].device
-    job = one_process(model) if isinstance(model, Model) else on_mesh(model, optimizer, done)
+    alone = isinstance(model, Model)
+    job = one_process(model, optimizer) if alone else on_mesh(model, optimizer, done)
     source, keeper = Source(data), keeper_of(checkpoints, resume)
     if keeper is not None and (newest := keeper.latest()) is not None:
         restore(keeper, newest, job, done, source)
@@ -148,7 +149,7 @@ def fit(
                 raise refuse(what, done.step, batch, place, cause)
             if clip is not None:
                 grads = optim.scale_to_norm(grads, torch.tensor(norm), clip, donate=True)
-            done.weights, done.state = optimizer.update(
+            done.weights, done.state = job.optimizer.update(
                 grads, done.state, done.weights, donate=True
             )
             done.step += 1

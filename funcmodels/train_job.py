@@ -21,9 +21,10 @@ from funcmodels.finite import (
     why_not_finite,
 )
 from funcmodels.loss import loss
-from funcmodels.optim import Optimizer, global_norm
+from funcmodels.optim import Optimizer, global_norm, sharded
+from funcmodels.optim.parts import holders, sum_of_squares
 from funcmodels.spec import Model
-from funcmodels.training_places import Place, is_part
+from funcmodels.training_places import Place
 
 if TYPE_CHECKING:
     from compiler.torch_target import CompiledModel
@@ -40,6 +41,7 @@ class Job:
         norm: (gradients, loss) -> the norm of all of them, on all processes; on several, no number
             where any one's loss is none.
         why: (loss's value, gradients, weights, batch, loss) -> what is not finite first.
+        optimizer: that of the parts which this process holds.
         places: the parts of whole tensors that this process holds, for checkpoints.
         batches: how many batches a step is made of.
     """
@@ -48,27 +50,29 @@ class Job:
     loss: Callable[[Any, Any, Any], Tensor]
     norm: Callable[[Any, Tensor], Tensor]
     why: Callable[..., Found]
+    optimizer: Optimizer
     places: dict[str, Place] = field(default_factory=dict)
     batches: int = 1
 
 
-def one_process(model: Model) -> Job:
+def one_process(model: Model, optimizer: Optimizer) -> Job:
     """All is here."""
-    return Job(model, loss, lambda grads, _: global_norm(grads), why_not_finite)
+    return Job(model, loss, lambda grads, _: global_norm(grads), why_not_finite, optimizer)
 
 
 def on_mesh(module: CompiledModel, optimizer: Optimizer, done: Fitted) -> Job:
     """Each process holds a part.
 
     Raises:
-        TrainingError: see `check`.
+        TrainingError: see `check`, and `fm.optim.sharded`.
     """
-    check(module, optimizer)
+    check(module)
     return Job(
         module.model,
         module_loss,
         norm_over(module),
         why_on_mesh,
+        sharded(optimizer, module),
         places_of(module, done.state),
         math.prod(comm.size for comm in module.ranks.of_data) if module.ranks is not None else 1,
     )
@@ -79,21 +83,12 @@ def module_loss(module: CompiledModel, weights: Any, batch: Any) -> Tensor:
     return module.loss(weights, batch)
 
 
-def check(module: CompiledModel, optimizer: Optimizer) -> None:
-    """Refuse what would be computed of a part as if it were the whole.
+def check(module: CompiledModel) -> None:
+    """Refuse processes that are not in the mesh.
 
     Raises:
-        TrainingError: an optimiser that looks at whole matrices, or at all gradients together; or
-            processes that are not in the mesh.
+        TrainingError: there are some.
     """
-    parts = [path for path, place in module.placements().items() if is_part(place)]
-    if parts and not optimizer.elementwise:
-        raise TrainingError(
-            "this optimiser needs whole parameters, and each process holds a part of them",
-            got=f"Muon, or a chain with clipping, and {parts[0]} in parts",
-            need="an optimiser in which an element's step depends on that element alone",
-            fix="fm.optim.adamw(...), with fit(clip=...) for the norm over all processes",
-        )
     size = module.mesh.size() if module.mesh is not None else 1
     if dist.is_initialized() and dist.get_world_size() != size:
         raise TrainingError(
@@ -147,21 +142,12 @@ def _of_all(value: Any) -> list[Any]:
 
 def norm_over(module: CompiledModel) -> Callable[[Any, Tensor], Tensor]:
     """The norm of gradients that lie in parts, and some of them on several processes."""
-    places = module.placements()
     if not dist.is_initialized():
         return lambda grads, _: global_norm(grads)
-    every = _of_all({path: tuple(place.offset) for path, place in places.items()})
-    own = every[dist.get_rank()]
-    holders = {path: sum(other[path] == at for other in every) for path, at in own.items()}
+    held = holders(module)
 
     def norm(grads: Any, loss: Tensor) -> Tensor:
-        squares = [
-            leaf.detach().to(torch.float64).square().sum() / holders[path]
-            for path, leaf in tree.items(grads)
-        ]
         # Not finite on one process is so on all, which then look for the reason together.
-        total = torch.stack(squares).sum() + 0 * loss.detach().to(torch.float64)
-        dist.all_reduce(total)
-        return total.sqrt()
+        return sum_of_squares(grads, held, 0 * loss.detach().to(torch.float64)).sqrt()
 
     return norm

@@ -14,6 +14,7 @@ from funcmodels.optim.masks import Mask, matching, not_matching
 from funcmodels.optim.muon import matrices, muon
 from funcmodels.optim.optimizer import Optimizer
 from funcmodels.optim.partition import frozen, partition
+from funcmodels.optim.parts import sharded
 from funcmodels.optim.schedules import Schedule, constant, cosine, linear, wsd
 from funcmodels.optim.sgd import sgd
 from funcmodels.optim.transforms import (
@@ -45,5 +46,6 @@ __all__ = [
     "partition",
     "scale_to_norm",
     "sgd",
+    "sharded",
     "wsd",
 ]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from funcmodels.errors import TrainingError
 from funcmodels.optim.masks import Mask, matches
-from funcmodels.optim.optimizer import Hyper, Optimizer, optimizer_of
+from funcmodels.optim.optimizer import Hyper, Optimizer, is_transformed, optimizer_of
 from funcmodels.optim.partition import partition
+from funcmodels.optim.parts import parts
 from funcmodels.optim.schedules import Schedule
 from funcmodels.spec import Model
 
@@ -43,7 +44,8 @@ def muon(
     m = momentum m + (1 - momentum) g;  u = g + momentum (m - g) with Nesterov's, else m
     w = w - lr (weight_decay w + a NewtonSchulz(u)), with NewtonSchulz(U S V^T) about U V^T, in
     bfloat16, and a = sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) to match the
-    size of AdamW's steps, so that its learning rate can be kept.
+    size of AdamW's steps, so that its learning rate can be kept. Where processes hold parts of
+    parameters, see `fm.optim.sharded`.
 
     Args:
         matrices: path, or pattern of paths with `*`, -> how the parameter is a matrix, or several
@@ -62,22 +64,24 @@ def muon(
     for path, pattern in matrices.items():
         _check(path, pattern)
 
-    def step(path: str, w: Tensor, u: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | float]:
+    def step(path: str, u: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | float]:
         """The direction, of the parameter's shape, and the rate for it."""
+        at = parts()
+        u = u if at is None else at.whole(path, _known(u))
         matrix = to_matrix(u, _pattern(matrices, path))
         rows, columns = matrix.shape[-2:]
         if adjust == "original":
             ratio = math.sqrt(max(1, rows / columns))
         else:
             ratio = 0.2 * math.sqrt(max(rows, columns))
-        direction = from_matrix(newton_schulz(matrix, steps), w, _pattern(matrices, path))
-        return direction, hyper.rate * ratio
+        direction = from_matrix(newton_schulz(matrix, steps), u, _pattern(matrices, path))
+        return direction if at is None else at.part(path, direction), hyper.rate * ratio
 
     def rule(
         path: str, w: Tensor, g: Tensor, state: tuple[Tensor, ...], hyper: Hyper
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         m = torch.lerp(state[0], g, 1 - momentum)
-        direction, rate = step(path, w, torch.lerp(g, m, momentum) if nesterov else m, hyper)
+        direction, rate = step(path, torch.lerp(g, m, momentum) if nesterov else m, hyper)
         w = w * (1 - hyper.rate * hyper.weight_decay) - rate * direction
         return w, (m,)
 
@@ -91,7 +95,7 @@ def muon(
         torch._foreach_lerp_(states[0], gs, 1 - momentum)
         # One after the other: the iteration's matrices are many times the size of a weight.
         for path, w, g, m in zip(paths, ws, gs, states[0], strict=True):
-            direction, rate = step(path, w, torch.lerp(g, m, momentum) if nesterov else m, hyper)
+            direction, rate = step(path, torch.lerp(g, m, momentum) if nesterov else m, hyper)
             w.mul_(1 - hyper.rate * hyper.weight_decay)
             w.add_(direction, alpha=-float(rate))
 
@@ -104,6 +108,7 @@ def muon(
         decay=decay,
         state_dtype=state_dtype,
         elementwise=False,
+        asks=True,
     )
     return partition({**dict.fromkeys(matrices, hidden), "*": rest})
 
@@ -163,6 +168,18 @@ def from_matrix(value: Tensor, like: Tensor, pattern: str) -> Tensor:
     """The inverse, to the shape of `like`."""
     left, _, right = pattern.partition("->")
     return rearrange(value, f"{right} -> {left}", **parse_shape(like, left))
+
+
+def _known(u: Tensor) -> Tensor:
+    """A tensor that can be gathered: to torch.func, what comes back would be a constant."""
+    if is_transformed(u):
+        raise TrainingError(
+            "Muon on parts of parameters cannot be differentiated or vectorised",
+            got="a transform of torch.func around its update",
+            need="an update outside of torch.func, or parameters that are whole",
+            fix="take the step outside; or on one process",
+        )
+    return u
 
 
 def _pattern(matrices: Mapping[str, str], path: str) -> str:

@@ -46,11 +46,14 @@ class Optimizer:
             second copy of them, and neither the old ones nor the gradients may be used again.
         elementwise: whether the step of an element depends on that element alone, so that a process
             may do it that holds a part of a parameter.
+        asks: whether its update asks `parts()` for what else it needs where there are parts; see
+            `fm.optim.sharded`.
     """
 
     init: Callable[[Any], Any]
     update: Update
     elementwise: bool = True
+    asks: bool = False
 
 
 class Hyper(NamedTuple):
@@ -92,6 +95,7 @@ def optimizer_of(
     decay: Mask | None,
     state_dtype: torch.dtype | None,
     elementwise: bool = True,
+    asks: bool = False,
 ) -> Optimizer:
     """An optimiser whose state is the step and, for each slot, a tree like the weights, of zeros.
 
@@ -132,7 +136,7 @@ def optimizer_of(
             states[name] = tree.map(lambda _, slot=slot: next(slot), weights)
         return tree.map(lambda _: next(new), weights), {"step": step, **states}
 
-    return Optimizer(init, update, elementwise)
+    return Optimizer(init, update, elementwise, asks)
 
 
 @dataclass

@@ -53,7 +53,9 @@ def partition(parts: Mapping[str, Optimizer]) -> Optimizer:
         new = {path: value for part, _ in done for path, value in part.items()}
         return tree.unflatten(weights, new), [s for _, s in done]
 
-    return Optimizer(init, update, all(optimizer.elementwise for optimizer in optimizers))
+    elementwise = all(optimizer.elementwise for optimizer in optimizers)
+    asks = all(optimizer.elementwise or optimizer.asks for optimizer in optimizers)
+    return Optimizer(init, update, elementwise, asks)
 
 
 def frozen() -> Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from funcmodels import tree
 from funcmodels.optim.optimizer import Optimizer, is_transformed
+from funcmodels.optim.parts import parts
 
 
 class Transform(Protocol):
@@ -19,31 +21,42 @@ class Transform(Protocol):
     def __call__(self, grads: Any, *, donate: bool = False) -> Any: ...
 
 
-def chain(*parts: Any) -> Optimizer:
+def chain(*links: Any) -> Optimizer:
     """Transforms of the gradients in their order, and then an optimiser, which is the last.
 
     fm.optim.chain(fm.optim.clip_by_global_norm(1.0), fm.optim.adamw(3e-4))
     """
-    *transforms, optimizer = parts
+    *transforms, optimizer = links
 
     def update(grads: Any, state: Any, weights: Any, *, donate: bool = False) -> tuple[Any, Any]:
         for transform in transforms:
             grads = transform(grads, donate=donate)
         return optimizer.update(grads, state, weights, donate=donate)
 
-    return Optimizer(optimizer.init, update, optimizer.elementwise and not transforms)
+    able = optimizer.elementwise or optimizer.asks
+    asks = able and all(isinstance(transform, Clip) for transform in transforms)
+    return Optimizer(optimizer.init, update, optimizer.elementwise and not transforms, asks)
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
     """Gradients whose norm, taken over all of them together, is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, which see for the 1e-6.
+    As `torch.nn.utils.clip_grad_norm_`, which see for the 1e-6. Where processes hold parts of
+    parameters, see `fm.optim.sharded`.
     """
+    return Clip(max_norm)
 
-    def clip(grads: Any, *, donate: bool = False) -> Any:
-        return scale_to_norm(grads, global_norm(grads), max_norm, donate=donate)
 
-    return clip
+@dataclass(frozen=True)
+class Clip:
+    """`clip_by_global_norm`, which a chain knows to ask for the norm over all processes."""
+
+    max_norm: float
+
+    def __call__(self, grads: Any, *, donate: bool = False) -> Any:
+        at = parts()
+        norm = global_norm(grads) if at is None else at.norm(grads)
+        return scale_to_norm(grads, norm, self.max_norm, donate=donate)
 
 
 def global_norm(grads: Any) -> Tensor:
