@@ -26,10 +26,10 @@ from vllm.distributed import (
 )
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.utils import WeightsMapper
@@ -55,12 +55,33 @@ class FastRMSNorm(RMSNorm):
         return x, residual
 
 
+class FastGemmaRMSNorm(GemmaRMSNorm):
+    """vLLM's GemmaRMSNorm; run eagerly on a CPU, by vLLM's kernel, in float32 as it is there."""
+
+    def forward_cpu(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        wide = x.float() if residual is None else x.float() + residual
+        # The kernel reads a tensor's rows one after another, and writes no strides.
+        wide = wide.contiguous()
+        out = torch.empty_like(wide)
+        _custom_ops.rms_norm(out, wide, self.weight.float() + 1.0, self.variance_epsilon)
+        normed = out.to(x.dtype)
+        return normed if residual is None else (normed, wide.to(x.dtype))
+
+
 class FastSiluAndMul(SiluAndMul):
     """vLLM's SiluAndMul; run eagerly on a CPU, it makes one new tensor and not two."""
 
     def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+
+class FastGeluAndMul(GeluAndMul):
+    """vLLM's GeluAndMul; run eagerly on a CPU, it makes one new tensor and not two."""
+
+    def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate=self.approximate).mul_(up)
 
 
 class LatentAttention(nn.Module):

@@ -133,7 +133,7 @@ def _rms_norm(scope: Scope, node: fx.Node, attr: str) -> Layer:
         args += [*_dtype(scope, param, "dtype"), *([f"offset={offset}"] if offset else [])]
         args += ["rounds_once=True"] if node.kwargs.get("rounds_once") else []
     else:
-        name = scope.module.use("GemmaRMSNorm") if offset else scope.module.help("FastRMSNorm")
+        name = scope.module.help("FastGemmaRMSNorm" if offset else "FastRMSNorm")
     if not fused:
         return Layer(name, args, f"{{}}({scope.value(node.args[0])})")
     x, residual = node.args[:2]
@@ -179,7 +179,7 @@ def _silu_and_mul(scope: Scope, node: fx.Node, attr: str) -> Layer:
 @builds(layers.gelu_and_mul)
 def _gelu_and_mul(scope: Scope, node: fx.Node, attr: str) -> Layer:
     args = [f"approximate={literal(node.kwargs['approximate'])}"]
-    return Layer(scope.module.use("GeluAndMul"), args, f"{{}}({scope.value(node.args[0])})")
+    return Layer(scope.module.help("FastGeluAndMul"), args, f"{{}}({scope.value(node.args[0])})")
 
 
 @builds(layers.vocab_embedding)

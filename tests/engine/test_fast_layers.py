@@ -1,0 +1,70 @@
+"""The layers that emitted classes run faster than vLLM's on a CPU compute what vLLM's compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import run_in_engine
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def differences() -> dict[str, float]:
+    """Of each layer and input: the largest difference to vLLM's, in units of the last place."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from compiler import vllm_runtime as fast
+
+    drawn = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=drawn).to(dtype)
+
+    def difference(found: Any, expected: Any) -> float:
+        assert found.dtype == expected.dtype
+        place = torch.finfo(expected.dtype).eps * expected.float().abs().clamp(min=2**-6)
+        return float(((found.float() - expected.float()).abs() / place).max())
+
+    found = {}
+    with set_current_vllm_config(VllmConfig()):
+        for dtype in DTYPES:
+            for norm in (fast.FastRMSNorm(24, eps=1e-6), fast.FastGemmaRMSNorm(24, eps=1e-6)):
+                norm.weight.data = random(24, dtype=dtype)
+                wide = random(5, 80, dtype=dtype)
+                for kind, x in {
+                    "rows": random(5, 24, dtype=dtype),
+                    "cut heads": wide[:, 7:79].unflatten(-1, (3, 24)),
+                }.items():
+                    what = f"{type(norm).__name__} {dtype} {kind}"
+                    kept = x.clone()
+                    found[what] = difference(norm.forward_cpu(x), norm.forward_native(x))
+                    assert torch.equal(x, kept)
+                    residual = random(*x.shape, dtype=dtype)
+                    expected = norm.forward_native(x.clone(), residual.clone())
+                    both = norm.forward_cpu(x.clone(), residual.clone())
+                    for part, one, other in zip(("", "residual"), both, expected, strict=True):
+                        found[f"{what} added {part}"] = difference(one, other)
+            for gate in (
+                fast.FastSiluAndMul(),
+                fast.FastGeluAndMul(approximate="tanh"),
+                fast.FastGeluAndMul(approximate="none"),
+            ):
+                x = random(5, 48, dtype=dtype)
+                what = f"{type(gate).__name__} {getattr(gate, 'approximate', '')} {dtype}"
+                found[what] = difference(gate.forward_cpu(x), gate.forward_native(x))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, float]:
+    return run_in_engine(differences)
+
+
+def test_norms_and_gates(found: dict[str, float]):
+    """Sums are taken in another order: the last place may differ, in float32 a few."""
+    assert len(found) == len(DTYPES) * (2 * 2 * 3 + 3)
+    for what, difference in found.items():
+        assert difference <= (8 if "float32" in what else 2), what
