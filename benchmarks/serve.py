@@ -1,7 +1,7 @@
 """Serving speed of the emitted class against vLLM's own class and its transformers backend.
 
     python -m benchmarks.serve [--model NAME ...] [--tp N ...] [--mode eager|compiled|both]
-                               [--quick] [--json FILE]
+                               [--quick] [--processor-time] [--json FILE]
 
 bfloat16, with vLLM's settings the same on all sides. The models are those of `benchmarks.shapes`:
 SmolLM2-135M-Instruct unless others are named. Each side is a process of its own that holds its
@@ -97,6 +97,9 @@ def main(
     mode: Annotated[Mode, typer.Option(help="how vLLM runs the model")] = Mode.both,
     rounds: Annotated[int | None, typer.Option(help="turns of each side")] = None,
     threads: Annotated[int | None, typer.Option(help="OpenMP threads of each engine")] = None,
+    processor_time: Annotated[
+        bool, typer.Option(help="processor's seconds of one thread: for a busy machine, one rank")
+    ] = False,
     peers_only: Annotated[bool, typer.Option(help="leave ours out, show the peers")] = False,
 ) -> None:
     """Serving speed of the emitted class, vLLM's own class and the transformers backend."""
@@ -106,6 +109,10 @@ def main(
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )
+    if processor_time:
+        if set(tp or [1]) != {1}:
+            raise typer.BadParameter("--processor-time counts one process: ranks wait by spinning")
+        threads = 1
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     rounds = rounds or (3 if quick else 9)
@@ -124,13 +131,16 @@ def main(
                 continue
             for each in modes:
                 what = f"{name} tp {ranks} {each}"
-                settings = Settings(shape.folder(), each == "compiled", ranks, threads)
+                settings = Settings(
+                    shape.folder(), each == "compiled", ranks, threads, processor_time
+                )
                 figures = measure(names, settings, what=what, rounds=rounds)
                 show_noise(figures, what, console)
                 if not peers_only:
                     rows += to_rows(figures, what)
     if rows:
-        report("Serving, bfloat16", rows, json)
+        clock = ", processor time" if processor_time else ""
+        report(f"Serving, bfloat16{clock}", rows, json)
 
 
 if __name__ == "__main__":
