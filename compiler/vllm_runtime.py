@@ -707,6 +707,19 @@ def normed(
     return (h.to(x.dtype) * weight).to(x.dtype)
 
 
+def name_ignored(vllm_config: VllmConfig, names: WeightsMapper) -> None:
+    """Leave out of a quantisation what the checkpoint does, where its name has no dot.
+
+    vLLM takes such a name of compressed-tensors' `ignore` for a class, and does not rename it: the
+    layer would be made for quantised weights, and be given others, without an error.
+    """
+    ignored = getattr(vllm_config.quant_config, "ignore", None)
+    if isinstance(ignored, list):
+        bare = [name for name in ignored if "." not in name and not name.startswith("re:")]
+        here = [names.get_rename_mapper().map_name(name) for name in bare]
+        ignored += [name for name in here if name is not None and name not in ignored]
+
+
 def made_in_time(vllm_config: VllmConfig, make_empty: Callable) -> Callable:
     """The same; on a CPU, an eager engine is made to call it before the first request.
 

@@ -26,7 +26,7 @@ from compiler.emit.recurrence import state_lines
 from compiler.emit.scope import IMPORTS, Module, Scope
 from compiler.emit.text import WIDTH, call, literal, quoted, table, wrapped
 from compiler.ir import MODEL_DTYPE, tensor_type
-from compiler.loading import Loading, loading_of
+from compiler.loading import Loading, apply, loading_of
 from compiler.modules import Plan, plan_modules
 from compiler.names import unique
 from compiler.needs import Exact, served_needs, strongest
@@ -480,6 +480,7 @@ class _Writer:
             *self.check_stages(),
             *self.check_embeds(),
             f"        check_registered({self.model.name}, vllm_config)",
+            *self.name_ignored(),
             "        self.config = vllm_config.model_config.hf_config",
             "        self.awaited = tensors_to_await(vllm_config, TENSORS)",
             *call(
@@ -553,13 +554,28 @@ class _Writer:
         }
 
     def embedding_modules(self) -> list[str]:
+        rows = {quoted(name): f'"{kind}_embeddings"' for name, kind in self.vocabularies().items()}
+        return table("embedding_modules", rows, 4) if rows else []
+
+    def vocabularies(self) -> dict[str, str]:
+        """The attributes that hold a table of the vocabulary: "input" or "output"."""
         embeds = [
             a for n, a in self.body.placed.layers.items() if n.target is layers.vocab_embedding
         ]
         heads = [a for n, a in self.head.placed.layers.items() if n.target is layers.logits]
-        rows = {quoted(a.rpartition(".")[2]): '"input_embeddings"' for a in embeds}
-        rows |= {quoted(a): '"output_embeddings"' for a in heads}
-        return table("embedding_modules", rows, 4) if rows else []
+        return {a.rpartition(".")[2]: "input" for a in embeds} | dict.fromkeys(heads, "output")
+
+    def name_ignored(self) -> list[str]:
+        """Where a checkpoint has a linear layer whose name has no dot, such as `score`."""
+        bare = [name for name in self.loading.lora_targets if "." not in name]
+        tensors = [
+            t for name in bare for t in (name, f"{name}.weight") if t in self.loading.tensors
+        ]
+        found = [apply(self.loading, t)[0].removesuffix(".weight") for t in tensors]
+        if all(name.rpartition(".")[2] in self.vocabularies() for name in found):
+            return []
+        name = self.module.help("name_ignored")
+        return [f"        {name}(vllm_config, self.hf_to_vllm_mapper)"]
 
     def head_constructor(self) -> list[str]:
         m, scope = self.module, self.head

@@ -13,13 +13,16 @@ from tests.engine.tiny import PROMPTS, register, saved, tiny_llama, weights_of
 TOLERANCE = 1e-5  # of embeddings of length 1, and of probabilities, in float32
 
 
-def ask(llm, prompts=PROMPTS):
-    """What a pooling engine answers to prompts of token ids, as rows."""
+def ask(llm, prompts=PROMPTS, adapter=None):
+    """What a pooling engine answers to prompts of token ids, as rows; with an adapter's folder."""
+    from vllm.lora.request import LoRARequest
+
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
     if "embed" in llm.supported_tasks:
-        outputs = llm.embed(inputs, use_tqdm=False)
+        outputs = llm.embed(inputs, use_tqdm=False, lora_request=lora)
         return torch.tensor([output.outputs.embedding for output in outputs])
-    outputs = llm.classify(inputs, use_tqdm=False)
+    outputs = llm.classify(inputs, use_tqdm=False, lora_request=lora)
     return torch.tensor([output.outputs.probs for output in outputs])
 
 

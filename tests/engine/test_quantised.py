@@ -94,7 +94,7 @@ def compressed(form, weights, activations=None):
         "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", "score"],
     }
 
 
@@ -128,7 +128,7 @@ def quantised(model, weights, folder, scheme):
     meant = dict(fm.tree.items(weights))
     tensors = load_file(folder / "model.safetensors")
     for name, (path, sizes) in modules_of(model).items():
-        if "embed" in name or "head" in name:
+        if "embed" in name or "head" in name or name == "score":
             continue
         stored, value = write(meant[path].reshape(sizes))
         meant[path] = value.reshape(meant[path].shape)

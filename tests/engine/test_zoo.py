@@ -56,8 +56,7 @@ class Runs:
             weights = ROWS[name].weights(model)
             fm.save(model, weights, folder)
             add_tokenizer(folder)  # vLLM wants one where a model pools
-            oracle = expected if model.task == "generate" else wanted
-            self.wanted[f"{name}-{variation}"] = oracle(model, weights)
+            self.wanted[f"{name}-{variation}"] = oracle(model)(model, weights)
         return model, folder
 
     def want(self, name: str, variation: str = "") -> Expected | torch.Tensor:
@@ -69,8 +68,10 @@ class Runs:
         row, model = ROWS[name], ROWS[name].model()
         weights = row.weights(model)
         merged = write_adapter(self.folder / f"{name}-adapter", model, weights, row.linears)
-        self.wanted[f"{name}-adapter"] = expected(model, merged)
-        quantised(model, weights, self.folder / f"{name}-int8", "int8")
+        self.wanted[f"{name}-adapter"] = oracle(model)(model, merged)
+        folder = self.folder / f"{name}-int8"
+        quantised(model, weights, folder, "int8")
+        add_tokenizer(folder)
 
     def alone(self, name: str) -> Answers:
         """Every run of a row on one rank: by variation, and those that `run_all` names."""
@@ -86,6 +87,11 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("zoo"))
+
+
+def oracle(model: fm.Model) -> Callable[[fm.Model, Any], Any]:
+    """What gives the pure function's answers to the prompts."""
+    return expected if model.task == "generate" else wanted
 
 
 def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
@@ -107,7 +113,7 @@ def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
     for run, prepare in todo.items():
         try:
             path, cls = prepare()
-            settings = own_settings(model) if run == "vllm" else {}
+            settings = own_settings(model) if run.endswith("vllm") else {}
             if run == "adapter":
                 settings = LORA | {"adapter": folder.with_name(f"{folder.name}adapter")}
             answers[run] = answer(row, model, path, model_cls=cls, **settings)
@@ -123,11 +129,11 @@ def answer(
     pieces = {} if "tp" in settings or model.task != "generate" else PIECES
     pools = {"skip_tokenizer_init": False} if model.task != "generate" else {}
     llm = make_llm(folder, **{**pieces, **pools, **row.settings, **settings})
+    if model.task != "generate":
+        return ask(llm, adapter=adapter)
     if adapter is not None:  # beside adapters, vLLM has no prompt logprobs on a CPU
         return generate(llm, PROMPTS, adapters=[adapter] * len(PROMPTS))
-    if model.task == "generate":
-        return generate(llm, PROMPTS, prompt_logprobs=True)
-    return ask(llm)
+    return generate(llm, PROMPTS, prompt_logprobs=True)
 
 
 def own_settings(model: fm.Model) -> dict[str, Any]:
@@ -157,6 +163,13 @@ def answered(answers: Answers, run: str) -> Any:
     found = answers[run]
     assert not isinstance(found, str), found
     return found
+
+
+def as_wanted(theirs: Answer) -> Expected | torch.Tensor:
+    """An answer as one to be compared with."""
+    if isinstance(theirs, torch.Tensor):
+        return theirs
+    return [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs]
 
 
 def same(got: Any, want: Any, tolerance: float = 3e-5) -> None:
@@ -207,10 +220,7 @@ def test_on_two_stages(name, runs):
 @pytest.mark.parametrize("name", OWN)
 def test_equals_vllms_own_class(name, runs):
     answers = runs.alone(name)
-    theirs = answered(answers, "vllm")
-    if not isinstance(theirs, torch.Tensor):
-        theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs]
-    same(answered(answers, ""), theirs, ROWS[name].tolerance)
+    same(answered(answers, ""), as_wanted(answered(answers, "vllm")), ROWS[name].tolerance)
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -223,8 +233,7 @@ def test_an_adapter_equals_merged_weights(name, runs):
 @pytest.mark.parametrize("name", LINEARS)
 def test_in_int8_it_equals_vllms_own_class(name, runs):
     answers = runs.alone(name)
-    theirs = [(s.tokens, torch.tensor(s.all_logprobs)) for s in answered(answers, "int8 vllm")]
-    same(answered(answers, "int8"), theirs)
+    same(answered(answers, "int8"), as_wanted(answered(answers, "int8 vllm")))
     assert apart(answered(answers, "int8"), runs.want(name)) > 1e-4
 
 

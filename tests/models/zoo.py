@@ -54,7 +54,8 @@ class Row:
             works on a CPU, and says why in `no_vllm`.
         layer: the function of the file that is called once a layer; "" for none.
         linears: a pattern of the checkpoint's names of matrices that are whole tensors, [out, in]:
-            the engine serves adapters for them, and all matrices as int8; "" to leave both out.
+            the engine serves adapters for them, and all matrices but a vocabulary's and a
+            classifier's as int8; "" to leave both out.
         peer: the attention of transformers' model.
         scale: of the weights: see `weights_of`.
         engine_fault: a pattern and its replacement in the emitted source, that must be seen.

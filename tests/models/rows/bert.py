@@ -74,4 +74,5 @@ ROW = Row(
     served=("cls", "one type"),
     vllm="bert:BertEmbeddingModel",
     layer="encoder_layer",
+    linears=r"encoder.*dense",
 )

@@ -64,4 +64,5 @@ ROW = Row(
     served=("one label", "regression"),
     vllm="llama:LlamaForCausalLM",
     layer="",
+    linears=r"self_attn|mlp",
 )

@@ -19,4 +19,5 @@ ROW = Row(
     served=("last",),
     vllm="llama:LlamaForCausalLM",
     layer="",
+    linears=r"self_attn|mlp",
 )

@@ -29,4 +29,5 @@ ROW = Row(
     served=("one label", "regression"),
     vllm="qwen3:Qwen3ForCausalLM",
     layer="",
+    linears=r"self_attn|mlp",
 )

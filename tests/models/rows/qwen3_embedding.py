@@ -25,4 +25,5 @@ ROW = Row(
     served=("mean",),
     vllm="qwen3:Qwen3ForCausalLM",
     layer="",
+    linears=r"self_attn|mlp",
 )
