@@ -439,7 +439,7 @@ def _mixing(operation: str, where: SourceLine) -> LoweringError:
     return LoweringError(
         f"{operation} makes tokens depend on each other, or on where they are in the batch",
         got="in the engine, the tokens beside each other belong to different requests",
-        need="token-wise operations; other tokens are seen by ops.attention and ops.recurrent alone",
+        need="token-wise operations; ops.attention and ops.recurrent alone see others",
         from_=where,
         fix="use these, ops.short_conv for the last few tokens, and `positions` for the place",
     )
