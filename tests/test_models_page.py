@@ -24,5 +24,5 @@ def test_marks(tmp_path):
     *_, row = table(results, {"qwen3": "Qwen3"})
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[0] == "Qwen3"
-    assert [cell[:3] for cell in cells[1:]] == ["[✓]", "", "", "", "", "[✗]", "", ""]
+    assert [cell[:3] for cell in cells[1:]] == ["[✓]", "", "", "", "", "", "[✗]", "", ""]
     assert cells[1].startswith("[✓](../tests/models/test_zoo.py)")

@@ -25,6 +25,7 @@ COLUMNS = {
     "tensors": (MODELS, "test_tensors_are_written_back_bit_identical"),
     "serve": (ENGINE, "test_equals_the_pure_function"),
     "vLLM's own": (ENGINE, "test_equals_vllms_own_class"),
+    "bfloat16": (ENGINE, "test_in_bfloat16"),
     "tp, compile": (ENGINE, "test_on_two_ranks"),
     "pp": (ENGINE, "test_on_two_stages"),
     "LoRA": (ENGINE, "test_an_adapter_equals_merged_weights"),
@@ -48,6 +49,8 @@ checkpoints were run with their own weights, each file's docstring says.
   engine, on a CPU, with prompts longer than windows and blocks, several in a batch, in pieces
   (`test_equals_the_pure_function`).
 - **vLLM's own**: and those of vLLM's own class (`test_equals_vllms_own_class`).
+- **bfloat16**: and as near to float32 as the pure function in bfloat16 is; of an encoder, a dense
+  model and a mixture (`test_in_bfloat16`).
 - **tp, compile**: the same on two tensor-parallel ranks, traced as one graph (`test_on_two_ranks`).
 - **pp**: the same on two pipeline stages (`test_on_two_stages`).
 - **LoRA**: an adapter equals merged weights (`test_an_adapter_equals_merged_weights`).

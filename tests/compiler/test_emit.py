@@ -22,6 +22,7 @@ from funcmodels import ops
 from funcmodels.errors import LoweringError
 from tests.compiler.programs import TABLE, axes, small
 from tests.compiler.random_programs import Spec, model_of, specs
+from tests.models.zoo import rows
 from tests.tiny_llama import tiny
 
 ALLOWED = {"torch", "vllm", "einops", "safetensors", "re", "itertools", "collections", "__future__"}
@@ -152,6 +153,7 @@ MODELS: dict[str, Callable[[], fm.Model]] = {
     "custom": custom,
     "transposed": transposed,
     "unrolled": unrolled,
+    "glm4_moe": lambda: rows()["glm4_moe"].model(),
 }
 
 

@@ -190,6 +190,53 @@ def test_equals_the_pure_function(name, variation, runs):
     same(answered(runs.alone(name), variation), runs.want(name, variation))
 
 
+# In bfloat16, the engine's error by the pure function's: of a few hundred numbers, chance by a tenth.
+NOISE = 1.3
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe"])
+def test_in_bfloat16(name, tmp_path):
+    """An encoder, a dense model and a mixture, as near to float32 as the pure function is.
+
+    The pure function with the same weights in float32 is right, over all prompts and answers. A
+    greedy token may be another than its only where it has both nearly alike.
+    """
+    row = ROWS[name]
+    model = row.model(**row.no_choice)
+    weights = row.weights(model, torch.bfloat16)
+    fm.save(model, weights, tmp_path)
+    add_tokenizer(tmp_path)
+
+    def run() -> list[Answer]:
+        register(model)
+        classes = (None, faulty_class(row, model))
+        return [answer(row, model, tmp_path, model_cls=c, dtype="bfloat16") for c in classes]
+
+    good, faulty = run_in_engine(run)
+    exact = fm.tree.map(torch.Tensor.float, weights)
+    assert excess(model, exact, weights, good) < NOISE
+    assert excess(model, exact, weights, faulty) > NOISE
+
+
+def excess(model: fm.Model, exact: Any, weights: Any, got: Answer) -> float:
+    """The engine's error by the pure function's; infinite where a greedy token is no near-tie."""
+    if isinstance(got, torch.Tensor):
+        right, pure = (fm.embed(model, w, PROMPTS) for w in (exact, weights))
+        return float((got - right).norm() / (pure - right).norm())
+    full = [[*p, *s.tokens] for p, s in zip(PROMPTS, got, strict=True)]
+    right, pure = (torch.cat(fm.logprobs(model, w, full)) for w in (exact, weights))
+    ours = torch.cat([torch.tensor(s.all_logprobs) for s in got])
+    noise = (pure - right).square().mean().sqrt()
+    assert noise < 0.05, "noise that hides a fault"
+    for s, tokens in zip(got, full, strict=True):
+        logits = model.forward(exact, torch.tensor(tokens), torch.arange(len(tokens)))
+        best = logits.log_softmax(-1).amax(-1)[-len(s.tokens) - 1 : -1]
+        chosen = fm.logprobs(model, exact, tokens)[-len(s.tokens) :]
+        if (best - chosen).max() > 6 * noise:
+            return float("inf")
+    return float((ours - right).square().mean().sqrt() / noise)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_on_two_ranks(name, runs):
     """Traced as one graph by Dynamo, whose result runs eagerly: the class can be compiled."""
