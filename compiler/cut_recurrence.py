@@ -14,6 +14,7 @@ from compiler import collectives
 from compiler.ir import Block
 from compiler.placement import REPLICATE, Partial, Placement, Shard
 from compiler.recurrence import Recurrence, moved, recurrence, slot_placement
+from compiler.recurrent_kernels import kernel_of
 from compiler.rules import TOKENS
 from compiler.sequence import is_by_sequence
 from funcmodels.errors import LoweringError
@@ -123,7 +124,9 @@ def _local(
                     whole.need(at.axis, at.units, True, "a recurrent state is sharded", where)
             step, chunked = (*local, None)[:2]
             assert step is not None
-            return replace(found, step=step, chunked=chunked, placements=state), results
+            kernel = kernel_of(found, state, xs, params)
+            made = replace(found, step=step, chunked=chunked, kernel=kernel, placements=state)
+            return made, results
         whole.done, whole.needs = before[0], before[1]
         del whole.gathered[before[2] :]
         if speaks:

@@ -26,6 +26,7 @@ class Recurrence:
         chunked: of `num_tokens` tokens of one sequence: a state without a batch dim; or None.
         state: as declared, whole.
         chunk: the most tokens that `chunked` is given while training.
+        kernel: what the engine has for it, of `compiler.recurrent_kernels`; or None.
         remat: whether training computes again within chunks, and keeps the states between them.
         placements: of the state's tensors, in order, once it is partitioned.
     """
@@ -34,6 +35,7 @@ class Recurrence:
     chunked: Block | None
     state: State
     chunk: int
+    kernel: str | None = None
     placements: tuple[Placement, ...] = ()
     remat: bool = False
 

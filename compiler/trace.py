@@ -437,7 +437,7 @@ class _Tracer(TorchFunctionMode):
         chunked: Callable[..., Any] | None,
         chunk: int,
         segment_ids: Tensor | None,
-        kernel: str | None = None,
+        kernel: str | None,
         remat: bool = False,
     ) -> Any:
         """Record a recurrence: its step and its chunked form, each as a block of its own."""
@@ -453,7 +453,7 @@ class _Tracer(TorchFunctionMode):
             of_many = self._step_arguments(state, tree.map(self._alike, xs), params, sizes[:-1])
         one = self._record_step(step, state, of_one)
         many = chunked and self._record_step(chunked, state, of_many)
-        made = Recurrence(one.block, many and many.block, state, chunk, remat=remat)
+        made = Recurrence(one.block, many and many.block, state, chunk, kernel, remat=remat)
         args = self._as_nodes((tuple(given), tuple(shared), segment_ids), step)
         with torch._C.DisableTorchFunction():
             results = [self._with_seq(t, given[0]) for t in one.tensors[len(state.slots) :]]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from itertools import product
-from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +22,15 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 
 class FastRMSNorm(RMSNorm):
@@ -812,147 +806,3 @@ def own_values(values: list) -> list:
     """This rank's part of a list with one value a head."""
     n = len(values) // get_tensor_model_parallel_world_size()
     return values[get_tensor_model_parallel_rank() * n :][:n]
-
-
-class Recurrent(nn.Module, MambaBase):
-    """A recurrence: its state lies in the engine's cache, one for each request.
-
-    Requests of which one token is new take a step together; others go through the chunked form, or
-    step by step, one request after the other. A request begins with the declared state, whatever
-    its place in the cache held before.
-
-    Args:
-        step: of states and one token of each of some requests; what is new of both.
-        chunked: the same for some tokens of one request; or None.
-        state: shape of one request's, dtype and initial value of each tensor.
-        results: shape of one token's and dtype of each.
-        chunk: the most tokens for `chunked` at once.
-    """
-
-    def __init__(
-        self,
-        *,
-        step: Callable[..., tuple[torch.Tensor, ...]],
-        state: list[tuple[tuple[int, ...], torch.dtype, float]],
-        results: list[tuple[tuple[int, ...], torch.dtype]],
-        vllm_config: VllmConfig,
-        prefix: str,
-        chunked: Callable[..., tuple[torch.Tensor, ...]] | None = None,
-        chunk: int = 1,
-    ) -> None:
-        super().__init__()
-        mode = vllm_config.cache_config.mamba_cache_mode
-        if mode != "none":
-            raise ValueError(
-                f"prefix caching keeps no state of {prefix}\n"
-                f"  got:  mamba_cache_mode {mode!r}\n"
-                "  fix:  enable_prefix_caching=False"
-            )
-        if vllm_config.speculative_config is not None:
-            raise ValueError(
-                f"{prefix} cannot take back tokens: its state has one place a request\n"
-                "  got:  speculative decoding\n"
-                "  fix:  speculative_config=None"
-            )
-        self.step, self.chunked, self.chunk = step, chunked, chunk
-        self.state, self.results, self.prefix = state, results, prefix
-        self.kv_cache = tuple(torch.tensor([]) for _ in state)
-        vllm_config.compilation_config.static_forward_context[prefix] = self
-        if not hasattr(torch.ops.vllm, "funcmodels_recurrent"):
-            direct_register_custom_op(
-                "funcmodels_recurrent", run_recurrent, ["results"], lambda *args: None
-            )
-
-    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(shape for shape, _, _ in self.state)
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return tuple(dtype for _, dtype, _ in self.state)
-
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        return MambaAttentionBackendEnum.LINEAR
-
-    def forward(self, xs: list[torch.Tensor], params: list[torch.Tensor]) -> list[torch.Tensor]:
-        count = xs[0].shape[0]
-        results = [xs[0].new_zeros((count, *shape), dtype=d) for shape, d in self.results]
-        torch.ops.vllm.funcmodels_recurrent(xs, params, results, self.prefix)
-        return results
-
-    def run(
-        self, xs: list[torch.Tensor], params: list[torch.Tensor], results: list[torch.Tensor]
-    ) -> None:
-        metadata: Any = get_forward_context().attn_metadata
-        if metadata is None:  # the engine measures its memory
-            return
-        metadata = metadata[self.prefix]
-        starts = metadata.query_start_loc
-        lengths = starts[1:] - starts[:-1]
-        places = metadata.state_indices_tensor[: len(lengths)].long()
-        is_new = metadata.seq_lens[: len(lengths)] == lengths
-        one = (lengths == 1).nonzero().flatten()
-        if len(one):
-            at = starts[one].long()
-            new = self.step(*self.taken(places[one], is_new[one]), *(x[at] for x in xs), *params)
-            self.keep(places[one], new)
-            for result, y in zip(results, new[len(self.state) :], strict=True):
-                result[at] = y
-        for i in (lengths > 1).nonzero().flatten().tolist():
-            first, last = int(starts[i]), int(starts[i + 1])
-            self.run_request(places[i : i + 1], is_new[i : i + 1], first, last, xs, params, results)
-
-    def run_request(
-        self,
-        place: torch.Tensor,
-        is_new: torch.Tensor,
-        first: int,
-        last: int,
-        xs: list[torch.Tensor],
-        params: list[torch.Tensor],
-        results: list[torch.Tensor],
-    ) -> None:
-        """The tokens of one request from `first` on."""
-        count = len(self.state)
-        state = self.taken(place, is_new)
-        size = 1 if self.chunked is None else self.chunk
-        for at in range(first, last, size):
-            end = min(at + size, last)
-            given = [x[at:end] for x in xs]
-            if self.chunked is None:
-                new = self.step(*state, *given, *params)
-                state = list(new[:count])
-            else:
-                new = self.chunked(*(s[0] for s in state), *given, *params)
-                state = [s[None] for s in new[:count]]
-            for result, y in zip(results, new[count:], strict=True):
-                result[at:end] = y
-        self.keep(place, state)
-
-    def taken(self, places: torch.Tensor, is_new: torch.Tensor) -> list[torch.Tensor]:
-        """The states of some requests, begun where these are new."""
-        out = []
-        for cache, (shape, _, init) in zip(self.kv_cache, self.state, strict=True):
-            new = is_new.reshape(-1, *[1] * len(shape))
-            out.append(torch.where(new, init, cache[places]))
-        return out
-
-    def keep(self, places: torch.Tensor, states: Iterable[torch.Tensor]) -> None:
-        for cache, state in zip(self.kv_cache, states, strict=False):
-            cache[places] = state
-
-
-def run_recurrent(
-    xs: list[torch.Tensor],
-    params: list[torch.Tensor],
-    results: list[torch.Tensor],
-    layer_name: str,
-) -> None:
-    """Let a layer write its results: one operation, of which the engine's compiler sees no more."""
-    get_forward_context().no_compile_layers[layer_name].run(xs, params, results)
-
-
-def largest_state(kinds: list) -> tuple:
-    """The shapes and dtypes that need the most bytes."""
-    return max(
-        kinds, key=lambda kind: sum(prod(s) * d.itemsize for s, d in zip(*kind, strict=True))
-    )

@@ -1,4 +1,4 @@
-"""The functions of `compiler.vllm_runtime` as text, with the names that each of them needs."""
+"""What emitted files carry along as text, with the names that each function or class needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+
+FILES = ("vllm_runtime.py", "vllm_recurrent.py")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,11 @@ class Helper:
 @functools.cache
 def helpers() -> dict[str, Helper]:
     """All of them, by name. Read and not imported: compiling needs no vLLM."""
-    source = (Path(__file__).parent.parent / "vllm_runtime.py").read_text()
+    return {name: found for file in FILES for name, found in _defined_in(file).items()}
+
+
+def _defined_in(file: str) -> dict[str, Helper]:
+    source = (Path(__file__).parent.parent / file).read_text()
     lines = source.split("\n")
     return {
         node.name: Helper(tuple(lines[_first(node) - 1 : node.end_lineno]), _names(node))

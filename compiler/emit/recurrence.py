@@ -16,6 +16,7 @@ from compiler.needs import Exact
 from compiler.partition import Partitioned
 from compiler.placement import Shard
 from compiler.recurrence import Recurrence, recurrence
+from compiler.recurrent_kernels import KERNELS
 
 
 @builds(recurrence)
@@ -41,6 +42,7 @@ def _recurrence(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "state": f"[{', '.join(state)}]",
         "results": f"[{', '.join(outputs)}]",
         "chunk": str(found.chunk) if found.chunked else None,
+        "kernel": scope.module.help(KERNELS[found.kernel].helper) if found.kernel else None,
         "vllm_config": "vllm_config",
         "prefix": prefix_of(attr),
     }

@@ -98,7 +98,7 @@ class Module:
         has_latent: whether config.json speaks of latents, which the engine may cache.
         used: names to import.
         constants: axes whose constant is used.
-        helpers: functions of `compiler.vllm_runtime` to carry along.
+        helpers: functions and classes of `compiler.emit.helpers` to carry along.
     """
 
     prefix: str

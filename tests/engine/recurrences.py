@@ -76,6 +76,30 @@ def conv(p, x, segment_ids):
     return x + einsum(F.silu(gate) * u, p["out"], "... f, e f -> ... e")
 
 
+def ssd_params():
+    return {
+        "norm": P("hidden", init="ones"),
+        "x": P("heads value hidden"),
+        "dt": P("heads hidden"),
+        "B": P("key hidden"),
+        "C": P("key hidden"),
+        "A": P("heads", init="ones"),
+        "D": P("heads", init="ones"),
+        "o": P("hidden heads value"),
+    }
+
+
+@fm.block
+def state_space(p, x, segment_ids):
+    """One group: its B and C are whole on every rank, its heads are cut."""
+    h = ops.rms_norm(x, p["norm"], eps=1e-6)
+    dt = F.softplus(einsum(h, p["dt"], "... e, h e -> ... h").float())
+    B, C = (einsum(h, p[name], "... e, n e -> ... n").unsqueeze(-2) for name in "BC")
+    y = einsum(h, p["x"], "... e, h d e -> ... h d")
+    y = ops.ssd(y, dt, -p["A"].float(), B, C, D=p["D"], segment_ids=segment_ids)
+    return x + einsum(y, p["o"], "... h d, e h d -> ... e")
+
+
 def attention_params():
     return {
         "norm": P("hidden", init="ones"),
@@ -96,11 +120,11 @@ def attention(p, x, positions, segment_ids):
 
 
 CUT = {"attention": ["heads", "kv_heads"], "conv": ["inner"]}
-PARAMS = {"attention": attention_params, "conv": conv_params}
+PARAMS = {"attention": attention_params, "conv": conv_params, "ssd": ssd_params}
 
 
 def recurrent_model(*kinds: str) -> fm.Model:
-    """A model of one layer of each kind: attention, conv, linear, delta, by_key or own."""
+    """A model of one layer of each kind: attention, conv, ssd, linear, delta, by_key or own."""
 
     def forward(params, tokens, positions, segment_ids=None):
         x = ops.embed(tokens, params["embed"])
@@ -109,6 +133,8 @@ def recurrent_model(*kinds: str) -> fm.Model:
                 x = attention(p, x, positions, segment_ids)
             elif kind == "conv":
                 x = conv(p, x, segment_ids)
+            elif kind == "ssd":
+                x = state_space(p, x, segment_ids)
             else:
                 x = linear(p, x, segment_ids, kind)
         return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-6), params["embed"])

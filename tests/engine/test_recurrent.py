@@ -13,6 +13,7 @@ MODELS = {
     "linear": ("linear",),
     "own": ("own", "own"),
     "conv": ("conv", "conv"),
+    "ssd": ("ssd", "conv", "ssd"),
     "of all kinds": ("conv", "delta", "attention", "own"),
 }
 OPTIONS = {"enable_prefix_caching": False}
@@ -78,7 +79,7 @@ def test_no_state_of_another_request_is_seen(many):
         llm = make_llm(folder, max_model_len=512, max_num_seqs=4, **OPTIONS)
         poisoned = 0
         for layer in engine_model(llm).modules():
-            for cache in getattr(layer, "kv_cache", ()) if hasattr(layer, "run_request") else ():
+            for cache in getattr(layer, "kv_cache", ()) if hasattr(layer, "run_chunks") else ():
                 cache.fill_(torch.nan)
                 poisoned += 1
         first = generate(llm, prompts, prompt_logprobs=True)
@@ -105,15 +106,18 @@ def test_a_planted_fault_is_seen(many):
     model, folder, prompts, want = many
 
     def run():
-        register(
-            model, lambda s: s.replace("torch.where(new, init, cache[places])", "cache[places]")
-        )
+        def plant(source):
+            assert "cache[batch.new] = init" in source
+            return source.replace("cache[batch.new] = init", "pass")
+
+        register(model, plant)
         llm = make_llm(folder, max_model_len=512, max_num_seqs=4, **OPTIONS)
         generate(llm, prompts)
         return generate(llm, prompts, prompt_logprobs=True)
 
+    served = run_in_engine(run)
     with pytest.raises(AssertionError):
-        check(run_in_engine(run), want)
+        check(served, want)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,384 @@
+"""Recurrences in the engine, for emitted files to carry along: functions are copied as they stand.
+
+They may use the names that the file imports, and nothing of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm import _custom_ops
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+
+class BatchedRequests:
+    """Where a step's requests have their states and tokens: found once, for all layers of a kind.
+
+    The engine puts requests with one token before others.
+
+    Args:
+        source: the engine's places.
+        num_decodes: how many requests have one token, of those before the first that has more.
+        prompts: first token and the one after the last of each other request.
+        num_tokens: of all requests.
+        places: of all requests, int64; `decodes`: of the first num_decodes, `decodes_int32` too.
+        new: places of requests that have only begun.
+        begins: where the tokens of prompts begin and end, counted from the first of them.
+    """
+
+    def __init__(self, metadata: Any) -> None:
+        starts = metadata.query_start_loc.tolist()
+        spans = [(starts[i], starts[i + 1]) for i in range(len(starts) - 1)]
+        lengths = [last - first for first, last in spans]
+        n = next((i for i, length in enumerate(lengths) if length != 1), len(lengths))
+        self.source = metadata.state_indices_tensor
+        self.num_decodes, self.num_tokens = n, starts[-1]
+        self.prompts = spans[n:]
+        self.places = self.source[: len(lengths)].long()
+        self.decodes = self.places[:n]
+        self.decodes_int32 = self.decodes.int()
+        seen = zip(metadata.seq_lens.tolist(), lengths, self.places.tolist(), strict=False)
+        self.new = [place for total, length, place in seen if total == length]
+        self.begins = metadata.query_start_loc[n : len(lengths) + 1].int() - n
+
+
+class Recurrent(nn.Module, MambaBase):
+    """A recurrence: its state lies in the engine's cache, one for each request.
+
+    Requests of which one token is new take a step together. The prompts of others go through the
+    engine's kernel together, or through the chunked form one after the other, or step by step
+    together. A request begins with the declared state, whatever its place in the cache held before.
+
+    Args:
+        step: of states and one token of each of some requests; what is new of both.
+        chunked: the same for some tokens of one request; or None.
+        state: shape of one request's, dtype and initial value of each tensor.
+        results: shape of one token's and dtype of each.
+        chunk: the most tokens for `chunked` at once.
+        kernel: what the engine has for the same recurrence; or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: Callable[..., tuple[torch.Tensor, ...]],
+        state: list[tuple[tuple[int, ...], torch.dtype, float]],
+        results: list[tuple[tuple[int, ...], torch.dtype]],
+        vllm_config: VllmConfig,
+        prefix: str,
+        chunked: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+        chunk: int = 1,
+        kernel: Any = None,
+    ) -> None:
+        super().__init__()
+        mode = vllm_config.cache_config.mamba_cache_mode
+        if mode != "none":
+            raise ValueError(
+                f"prefix caching keeps no state of {prefix}\n"
+                f"  got:  mamba_cache_mode {mode!r}\n"
+                "  fix:  enable_prefix_caching=False"
+            )
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                f"{prefix} cannot take back tokens: its state has one place a request\n"
+                "  got:  speculative decoding\n"
+                "  fix:  speculative_config=None"
+            )
+        self.step, self.chunked, self.chunk = step, chunked, chunk
+        self.kernel = kernel if current_platform.is_cpu() else None
+        self.state, self.results, self.prefix = state, results, prefix
+        self.kv_cache = tuple(torch.tensor([]) for _ in state)
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+        if not hasattr(torch.ops.vllm, "funcmodels_recurrent"):
+            direct_register_custom_op(
+                "funcmodels_recurrent", run_recurrent, ["results"], lambda *args: None
+            )
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(shape for shape, _, _ in self.state)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return tuple(dtype for _, dtype, _ in self.state)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.LINEAR
+
+    def forward(self, xs: list[torch.Tensor], params: list[torch.Tensor]) -> list[torch.Tensor]:
+        count = xs[0].shape[0]
+        results = [xs[0].new_empty((count, *shape), dtype=d) for shape, d in self.results]
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.funcmodels_recurrent(xs, params, results, self.prefix)
+        else:
+            self.run(xs, params, results)
+        return results
+
+    def run(
+        self, xs: list[torch.Tensor], params: list[torch.Tensor], results: list[torch.Tensor]
+    ) -> None:
+        metadata: Any = get_forward_context().attn_metadata
+        if metadata is None:  # the engine measures its memory
+            for result in results:
+                result.zero_()
+            return
+        batch = batch_of(metadata[self.prefix])
+        for result in results:
+            result[batch.num_tokens :].zero_()
+        if batch.new:
+            for cache, (_, _, init) in zip(self.kv_cache, self.state, strict=True):
+                cache[batch.new] = init
+        kernel = self.kernel
+        if kernel is not None and not kernel.fits(self.kv_cache, xs, params):
+            kernel = None
+        if n := batch.num_decodes:
+            given, out = [x[:n] for x in xs], [result[:n] for result in results]
+            if kernel is not None:
+                kernel.step(self.kv_cache, batch, given, params, out)
+            else:
+                self.run_step(batch.decodes, given, params, out)
+        if not batch.prompts:
+            return
+        if kernel is not None:
+            given, out = ([t[n : batch.num_tokens] for t in ts] for ts in (xs, results))
+            kernel.prefill(self.kv_cache, batch, given, params, out)
+        elif self.chunked is not None:
+            for i, (first, last) in enumerate(batch.prompts):
+                self.run_chunks(batch.places[n + i : n + i + 1], first, last, xs, params, results)
+        else:
+            self.run_tokens(batch, xs, params, results)
+
+    def run_step(
+        self,
+        places: torch.Tensor,
+        xs: list[torch.Tensor],
+        params: list[torch.Tensor],
+        results: list[torch.Tensor],
+    ) -> None:
+        """One token of each of some requests."""
+        new = self.step(*self.taken(places), *xs, *params)
+        self.keep(places, new)
+        for result, y in zip(results, new[len(self.state) :], strict=True):
+            result.copy_(y)
+
+    def run_chunks(
+        self,
+        place: torch.Tensor,
+        first: int,
+        last: int,
+        xs: list[torch.Tensor],
+        params: list[torch.Tensor],
+        results: list[torch.Tensor],
+    ) -> None:
+        """The tokens of one request from `first` on, some at once."""
+        assert self.chunked is not None
+        count = len(self.state)
+        state = [s[0] for s in self.taken(place)]
+        for at in range(first, last, self.chunk):
+            end = min(at + self.chunk, last)
+            new = self.chunked(*state, *(x[at:end] for x in xs), *params)
+            state = new[:count]
+            for result, y in zip(results, new[count:], strict=True):
+                result[at:end] = y
+        self.keep(place, [s[None] for s in state])
+
+    def run_tokens(
+        self,
+        batch: BatchedRequests,
+        xs: list[torch.Tensor],
+        params: list[torch.Tensor],
+        results: list[torch.Tensor],
+    ) -> None:
+        """The tokens of some requests, one of each at a time; those that end first leave."""
+        count = len(self.state)
+        order = sorted(
+            range(len(batch.prompts)), key=lambda i: batch.prompts[i][0] - batch.prompts[i][1]
+        )
+        lengths = [batch.prompts[i][1] - batch.prompts[i][0] for i in order]
+        at = batch.places.new_tensor([batch.prompts[i][0] for i in order])
+        places = batch.places[batch.num_decodes :][order]
+        state = self.taken(places)
+        for t in range(lengths[0]):
+            new = self.step(*state, *(x[at] for x in xs), *params)
+            state = list(new[:count])
+            for result, y in zip(results, new[count:], strict=True):
+                result[at] = y
+            at = at + 1
+            going = sum(length > t + 1 for length in lengths)
+            if going < len(at):
+                self.keep(places[going:], [s[going:] for s in state])
+                at, places, state = at[:going], places[:going], [s[:going] for s in state]
+
+    def taken(self, places: torch.Tensor) -> list[torch.Tensor]:
+        """The states of some requests."""
+        return [cache[places] for cache in self.kv_cache]
+
+    def keep(self, places: torch.Tensor, states: Iterable[torch.Tensor]) -> None:
+        for cache, state in zip(self.kv_cache, states, strict=False):
+            cache[places] = state
+
+
+class ShortConvKernel:
+    """vLLM's short convolutions on a CPU: x, (weight, bias), over the last tokens.
+
+    For bfloat16 and at most four columns it has those of its gated delta rule, which are many times
+    faster than the ones of its own short convolution. They want four columns: others are zero.
+    """
+
+    @staticmethod
+    def fits(caches: tuple[torch.Tensor, ...], xs: list, params: list) -> bool:
+        dtype = xs[0].dtype
+        known = dtype in (torch.bfloat16, torch.float16, torch.float32)
+        return known and all(t.dtype == dtype for t in (*caches, *params))
+
+    @staticmethod
+    def is_fast(weight: torch.Tensor) -> bool:
+        narrow = weight.shape[1] <= 4 and weight.shape[0] % 32 == 0
+        return narrow and weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+    @staticmethod
+    def step(caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
+        (cache,), (x,), (weight, *bias) = caches, xs, params
+        x, bias = x.contiguous(), bias[0] if bias else None
+        if not ShortConvKernel.is_fast(weight):
+            places = batch.decodes_int32
+            y = _custom_ops.causal_conv1d_update_cpu_vec(
+                x, cache.transpose(1, 2), weight.contiguous(), bias, None, places, None, -1
+            )
+            results[0].copy_(y)
+            return
+        states, weight, rows = ShortConvKernel.widened(cache[batch.decodes], weight)
+        y = _custom_ops.causal_conv1d_update_cpu(
+            x, states.transpose(1, 2), weight, bias, False, rows, False
+        )
+        results[0].copy_(y)
+        cache[batch.decodes] = states[:, -cache.shape[1] :]
+
+    @staticmethod
+    def prefill(
+        caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
+    ) -> None:
+        (cache,), (x,), (weight, *bias) = caches, xs, params
+        bias = bias[0] if bias else None
+        places = batch.places[batch.num_decodes :]
+        if not ShortConvKernel.is_fast(weight):
+            for i, (first, last) in enumerate(batch.prompts):
+                first, last = first - batch.num_decodes, last - batch.num_decodes
+                rows = torch.cat((cache[places[i]], x[first:last]))
+                y = F.conv1d(rows.t()[None], weight[:, None], bias, groups=weight.shape[0])
+                results[0][first:last] = y[0].t()
+                cache[places[i]] = rows[len(rows) - cache.shape[1] :]
+            return
+        states, weight, rows = ShortConvKernel.widened(cache[places], weight)
+        y = _custom_ops.causal_conv1d_fwd_cpu(
+            x.contiguous().t(),
+            weight,
+            bias,
+            states.transpose(1, 2),
+            batch.begins,
+            rows,
+            torch.ones_like(rows, dtype=torch.bool),
+            False,
+            False,
+        )
+        results[0].copy_(y.t())
+        cache[places] = states[:, -cache.shape[1] :]
+
+    @staticmethod
+    def widened(
+        states: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """States and weights of four columns, and a number for each request."""
+        more = 4 - weight.shape[1]
+        rows = torch.arange(len(states), dtype=torch.int32)
+        if not more:
+            return states, weight.contiguous(), rows
+        return F.pad(states, (0, 0, more, 0)), F.pad(weight, (more, 0)), rows
+
+
+class StateSpaceKernel:
+    """vLLM's kernels of Mamba-2 on a CPU: x, dt, B, C, (A, D)."""
+
+    @staticmethod
+    def fits(caches: tuple[torch.Tensor, ...], xs: list, params: list) -> bool:
+        x, dt, B, C = xs
+        known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        wide = all(t.dtype == torch.float32 for t in (*caches, dt, *params))
+        return known and wide and B.dtype == C.dtype == x.dtype
+
+    @staticmethod
+    def step(caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
+        (cache,), (x, dt, B, C), (A, *D) = caches, xs, params
+        _custom_ops.selective_state_update_cpu(
+            cache,
+            x.contiguous(),
+            dt[:, :, None].expand(x.shape),
+            A[:, None, None].expand(cache.shape[1:]),
+            B.contiguous(),
+            C.contiguous(),
+            D[0][:, None].expand(x.shape[1:]) if D else None,
+            None,
+            None,
+            False,
+            batch.decodes_int32,
+            None,
+            -1,
+            results[0],
+            None,
+            None,
+        )
+
+    @staticmethod
+    def prefill(
+        caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
+    ) -> None:
+        (cache,), (x, dt, B, C), (A, *D) = caches, xs, params
+        places = batch.places[batch.num_decodes :]
+        states = cache[places]
+        _custom_ops.mamba_chunk_scan_fwd_cpu(
+            results[0],
+            states,
+            x,
+            dt.contiguous(),
+            A.contiguous(),
+            B,
+            C,
+            D[0].contiguous() if D else None,
+            None,
+            batch.begins,
+        )
+        cache[places] = states
+
+
+def batch_of(metadata: Any) -> BatchedRequests:
+    """That of the engine's metadata, which all layers of a kind are given."""
+    found = getattr(metadata, "batched_requests", None)
+    if found is None or found.source is not metadata.state_indices_tensor:
+        found = metadata.batched_requests = BatchedRequests(metadata)
+    return found
+
+
+def run_recurrent(
+    xs: list[torch.Tensor],
+    params: list[torch.Tensor],
+    results: list[torch.Tensor],
+    layer_name: str,
+) -> None:
+    """Let a layer write its results: one operation, of which the engine's compiler sees no more."""
+    get_forward_context().no_compile_layers[layer_name].run(xs, params, results)
+
+
+def largest_state(kinds: list) -> tuple:
+    """The shapes and dtypes that need the most bytes."""
+    return max(
+        kinds, key=lambda kind: sum(prod(s) * d.itemsize for s, d in zip(*kind, strict=True))
+    )
