@@ -1,4 +1,4 @@
-"""MiniLM with its published weights: the engine's embeddings, the pure function's, transformers'."""
+"""MiniLM with its published weights: the engine, the pure function and transformers agree."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_equals_the_pure_function(name, variation, runs):
     same(answered(runs.alone(name), variation), runs.want(name, variation))
 
 
-# In bfloat16, the engine's error by the pure function's: of a few hundred numbers, chance by a tenth.
+# In bfloat16, the engine's error by the pure function's: of few numbers, chance by a tenth or two.
 NOISE = 1.3
 
 
