@@ -37,6 +37,8 @@ import itertools
 import logging
 import os
 import pickle
+import re
+import secrets
 import select
 import signal
 import sys
@@ -141,6 +143,9 @@ def run_in_engine(
         What `fn` raised, with the child's traceback as a note, or EngineError with its output.
     """
     preload()
+    # Never a name used before: ids of processes come again, and a file that a killed run left
+    # would send the workers to addresses of the dead.
+    name = f"vllm_harness_{secrets.token_hex(4)}"
     reader, writer = os.pipe()
     with tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log") as log:
         sys.stdout.flush()
@@ -148,7 +153,8 @@ def run_in_engine(
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(writer, log.fileno(), compiled, env or {}, lambda: fn(*args, **kwargs))
+            call = functools.partial(fn, *args, **kwargs)
+            _child(name, writer, log.fileno(), compiled, env or {}, call)
         os.close(writer)
         try:
             payload = _read_until(reader, time.monotonic() + timeout)
@@ -159,10 +165,10 @@ def run_in_engine(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
-            for left_behind in Path("/dev/shm").glob(f"{_run_name(pid)}-*"):
+            for left_behind in Path("/dev/shm").glob(f"{name}-*"):
                 left_behind.unlink(missing_ok=True)
-            (Path(tempfile.gettempdir()) / _run_name(pid)).unlink(missing_ok=True)
-        output = Path(log.name).read_text(errors="replace")[-20_000:]
+            (Path(tempfile.gettempdir()) / name).unlink(missing_ok=True)
+        output = _without_news(Path(log.name).read_text(errors="replace"))[-20_000:]
     if payload is None:
         raise EngineError(f"no answer from the engine within {timeout} s\n{output}")
     if not payload:
@@ -178,7 +184,12 @@ def run_in_engine(
 
 
 def _child(
-    writer: int, log: int, compiled: Mode, env: Mapping[str, str], call: Callable[[], Any]
+    name: str,
+    writer: int,
+    log: int,
+    compiled: Mode,
+    env: Mapping[str, str],
+    call: Callable[[], Any],
 ) -> NoReturn:
     """The whole life of the forked child; it never returns into the test runner."""
     status = 1
@@ -191,7 +202,7 @@ def _child(
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes
         if compiled == "trace":
             os.environ["VLLM_CPU_CI_ENV"] = "1"
-        _prepare(compiled)
+        _prepare(name, compiled)
         try:
             answer = pickle.dumps((True, call(), ""))
         except BaseException as error:
@@ -207,8 +218,12 @@ def _child(
         os._exit(status)
 
 
-def _prepare(compiled: Mode) -> None:
-    """Undo, in the child, what the test process has set and the engine must not see."""
+def _prepare(name: str, compiled: Mode) -> None:
+    """Undo, in the child, what the test process has set and the engine must not see.
+
+    Args:
+        name: what the files and the shared memory of this run are named after.
+    """
     import multiprocessing
     from multiprocessing import shared_memory
 
@@ -219,15 +234,15 @@ def _prepare(compiled: Mode) -> None:
     gc.freeze()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for name in ("vllm", "transformers"):
-        for handler in logging.getLogger(name).handlers:
+    for library in ("vllm", "transformers"):
+        for handler in logging.getLogger(library).handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
     multiproc.get_mp_context = lambda: multiprocessing.get_context("fork")
-    rendezvous = f"file://{tempfile.gettempdir()}/{_run_name(os.getpid())}"
+    rendezvous = f"file://{tempfile.gettempdir()}/{name}"
     multiproc.get_file_store_init_method = lambda: rendezvous
     vars(shared_memory).update(  # so that what a killed run leaves can be found by name
-        _SHM_NAME_PREFIX=f"/{_run_name(os.getpid())}-", _SHM_SAFE_NAME_LENGTH=40
+        _SHM_NAME_PREFIX=f"/{name}-", _SHM_SAFE_NAME_LENGTH=40
     )
     current_platform.register_triton_kernel_overrides = lambda: None  # done, by preload()
     inductor.compile_threads = 1  # read at import, before vLLM asks for it
@@ -235,9 +250,10 @@ def _prepare(compiled: Mode) -> None:
         torch.compiler.set_stance("force_eager")
 
 
-def _run_name(pid: int) -> str:
-    """What the files and the shared memory of one run are named after."""
-    return f"vllm_harness_{pid}"
+def _without_news(output: str) -> str:
+    """What a child printed, less the engine's news: there is a page of it before an error."""
+    news = re.compile(r"\) (INFO|DEBUG) ")
+    return "".join(line for line in output.splitlines(keepends=True) if not news.search(line))
 
 
 def _pickled_error(error: BaseException) -> bytes:

@@ -1,7 +1,6 @@
 """The harness itself, on vLLM's own Llama class: it tells the truth, and it fails well."""
 
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -168,6 +167,19 @@ def test_a_timeout_kills_the_child_and_shows_its_output():
     assert time.monotonic() - start < 30
 
 
+def test_an_error_is_shown_without_the_news_before_it():
+    def fail():
+        print("(Worker pid=1) INFO 11-24 03:27:06 [model.py:1] resolved")
+        print("(Worker pid=1) ERROR 11-24 03:27:06 [worker.py:1] failed to start")
+        raise ValueError("no workers")
+
+    with pytest.raises(ValueError, match="no workers") as error:
+        run_in_engine(fail)
+    [note] = error.value.__notes__
+    assert "failed to start" in note
+    assert "[model.py:1]" not in note
+
+
 def test_a_crash_is_reported():
     with pytest.raises(EngineError, match="died with status 3"):
         run_in_engine(lambda: os._exit(3))
@@ -175,13 +187,14 @@ def test_a_crash_is_reported():
 
 def test_leaves_nothing_behind(folder):
     def run():
+        from vllm.v1.executor import multiproc_executor
+
         generate(make_llm(folder, tp=2), [[1, 2, 3]])
-        mine = list(Path("/dev/shm").glob(f"vllm_harness_{os.getpid()}-*"))
-        return os.getpid(), len(mine)
+        rendezvous = Path(multiproc_executor.get_file_store_init_method().removeprefix("file://"))
+        return rendezvous, list(Path("/dev/shm").glob(f"{rendezvous.name}-*"))
 
     environment = dict(os.environ)
-    pid, in_use = run_in_engine(run)
-    assert in_use > 0, "the engine's shared memory has other names; nothing was looked for"
-    assert list(Path("/dev/shm").glob(f"vllm_harness_{pid}-*")) == []
-    assert list(Path(tempfile.gettempdir()).glob(f"vllm_harness_{pid}*")) == []
+    rendezvous, in_use = run_in_engine(run)
+    assert in_use, "the engine's shared memory has other names; nothing was looked for"
+    assert not any(path.exists() for path in [rendezvous, *in_use])
     assert dict(os.environ) == environment
