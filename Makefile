@@ -36,6 +36,7 @@ bench: setup ## the benchmarks, side by side with their peers
 	$(PY) -m benchmarks.serve
 	$(PY) -m benchmarks.start
 	$(PY) -m benchmarks.push
+	$(PY) -m benchmarks.recurrent
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -87,22 +87,36 @@ def show_noise(figures: Figures, what: str, console: Console) -> None:
         console.print(f"  {what} {load}: " + ", ".join(cells), highlight=False)
 
 
-def main(
-    model: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; may be repeated")
-    ] = None,
-    tp: Annotated[list[int] | None, typer.Option(help="ranks; may be repeated")] = None,
-    quick: Annotated[bool, typer.Option(help="eager unless --mode is given; few turns")] = False,
-    json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
-    mode: Annotated[Mode, typer.Option(help="how vLLM runs the model")] = Mode.both,
-    rounds: Annotated[int | None, typer.Option(help="turns of each side")] = None,
-    threads: Annotated[int | None, typer.Option(help="OpenMP threads of each engine")] = None,
-    processor_time: Annotated[
-        bool, typer.Option(help="processor's seconds of one thread: for a busy machine, one rank")
-    ] = False,
-    peers_only: Annotated[bool, typer.Option(help="leave ours out, show the peers")] = False,
-) -> None:
-    """Serving speed of the emitted class, vLLM's own class and the transformers backend."""
+Models = Annotated[list[str] | None, typer.Option(help="may be repeated")]
+Ranks = Annotated[list[int] | None, typer.Option(help="ranks; may be repeated")]
+Quick = Annotated[bool, typer.Option(help="eager unless --mode is given; few turns")]
+File = Annotated[Path | None, typer.Option(help="write the rows to this file")]
+How = Annotated[Mode, typer.Option(help="how vLLM runs the model")]
+Turns = Annotated[int | None, typer.Option(help="turns of each side")]
+Threads = Annotated[int | None, typer.Option(help="OpenMP threads of each engine")]
+ProcessorTime = Annotated[
+    bool, typer.Option(help="processor's seconds of one thread: for a busy machine, one rank")
+]
+PeersOnly = Annotated[bool, typer.Option(help="leave ours out, show the peers")]
+
+
+def served_rows(
+    shapes: dict[str, Shape],
+    names: list[str],
+    *,
+    tp: list[int],
+    mode: Mode,
+    quick: bool,
+    rounds: int | None,
+    threads: int | None,
+    processor_time: bool,
+    peers_only: bool,
+) -> list[Row]:
+    """The rows of some of the shapes. Arguments are the options of the command.
+
+    Raises:
+        typer.BadParameter: for a name that is none of the shapes', or processor's time of ranks.
+    """
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # one process a side, and one a rank
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # or all sides would be pinned to the same core
@@ -110,7 +124,7 @@ def main(
         HF_HUB_OFFLINE="1",
     )
     if processor_time:
-        if set(tp or [1]) != {1}:
+        if set(tp) != {1}:
             raise typer.BadParameter("--processor-time counts one process: ranks wait by spinning")
         threads = 1
     if threads is not None:
@@ -119,13 +133,14 @@ def main(
     modes = ["eager", "compiled"] if mode is Mode.both else [mode.value]
     if quick and mode is Mode.both:
         modes = ["eager"]
-    if unknown := set(model or ()) - set(SHAPES):
-        raise typer.BadParameter(f"--model {min(unknown)}: need one of {', '.join(SHAPES)}")
+    if unknown := set(names) - set(shapes):
+        raise typer.BadParameter(f"--model {min(unknown)}: need one of {', '.join(shapes)}")
     console, rows = Console(), []
-    for name in model or ["smollm2"]:
-        shape: Shape = SHAPES[name]
-        names = [*([] if peers_only else [OURS]), shape.peer, TRANSFORMERS]
-        for ranks in tp or [1]:
+    for name in names:
+        shape = shapes[name]
+        backend = [TRANSFORMERS] if shape.backend else []
+        sides = [*([] if peers_only else [OURS]), shape.peer, *backend]
+        for ranks in tp:
             if ranks not in shape.tps:
                 console.print(f"{shape.title}: {ranks} ranks do not divide its heads; left out")
                 continue
@@ -134,10 +149,36 @@ def main(
                 settings = Settings(
                     shape.folder(), each == "compiled", ranks, threads, processor_time
                 )
-                figures = measure(names, settings, what=what, rounds=rounds)
+                figures = measure(sides, settings, what=what, rounds=rounds)
                 show_noise(figures, what, console)
                 if not peers_only:
                     rows += to_rows(figures, what)
+    return rows
+
+
+def main(
+    model: Models = None,
+    tp: Ranks = None,
+    quick: Quick = False,
+    json: File = None,
+    mode: How = Mode.both,
+    rounds: Turns = None,
+    threads: Threads = None,
+    processor_time: ProcessorTime = False,
+    peers_only: PeersOnly = False,
+) -> None:
+    """Serving speed of the emitted class, vLLM's own class and the transformers backend."""
+    rows = served_rows(
+        SHAPES,
+        model or ["smollm2"],
+        tp=tp or [1],
+        mode=mode,
+        quick=quick,
+        rounds=rounds,
+        threads=threads,
+        processor_time=processor_time,
+        peers_only=peers_only,
+    )
     if rows:
         clock = ", processor time" if processor_time else ""
         report(f"Serving, bfloat16{clock}", rows, json)

@@ -22,12 +22,14 @@ class Shape:
         peer: vLLM's own class for it.
         hf: config.json, for random weights; None for the one with real ones.
         tps: the numbers of ranks that divide it.
+        backend: vLLM's transformers backend serves it too.
     """
 
     title: str
     peer: str
     hf: dict[str, Any] | None = None
     tps: tuple[int, ...] = (1, 2)
+    backend: bool = True
 
     def folder(self) -> Path:
         """Its folder, made once and kept in the user's cache."""
@@ -116,9 +118,37 @@ QWEN3_MOE = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+LFM2 = {  # the published sizes of LFM2-350M, but half its layers and half its vocabulary
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "vocab_size": 32_768,
+    "hidden_size": 1024,
+    "intermediate_size": 6656,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "layer_types": ["full_attention" if layer in (2, 5, 7) else "conv" for layer in range(8)],
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "max_position_embeddings": 4096,
+    "norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    # vLLM's own class looks at these.
+    "block_dim": 1024,
+    "conv_dim": 1024,
+    "conv_dim_out": 1024,
+}
 SHAPES = {
     "smollm2": Shape("SmolLM2-135M", "vLLM Llama", tps=(1,)),
     "qwen3": Shape("Qwen3 of 147M", "vLLM Qwen3", QWEN3),
     "gemma3": Shape("Gemma 3 of 142M", "vLLM Gemma3", GEMMA3),
     "qwen3_moe": Shape("Qwen3-MoE of 180M", "vLLM Qwen3Moe", QWEN3_MOE),
+}
+RECURRENT = {
+    "lfm2": Shape("LFM2 of 178M", "vLLM Lfm2", LFM2, backend=False),
 }
