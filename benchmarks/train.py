@@ -1,13 +1,15 @@
 """Speed and memory of training: ours against `transformers`, eager and compiled, and against JAX.
 
-    python -m benchmarks.train [--quick] [--dtype NAME ...] [--rows N] [--rounds N] [--threads N]
-                               [--jax-python PATH] [--json FILE]
+    python -m benchmarks.train [--quick] [--mode eager|compiled|both] [--dtype NAME ...]
+                               [--layers N] [--rows N] [--rounds N] [--threads N]
+                               [--processor-time] [--jax-python PATH] [--json FILE]
 
 SmolLM2-135M's shape with random weights, the same on every side; packed sequences of 512 tokens; a
 step is forward, backward and AdamW, on weights in the dtype of the row. Each side is a process of
 its own; they take turns, A B C, C B A, ..., and the first turn is thrown away. Memory is the
 largest resident memory of the process during its steps, compilation left out. The JAX side needs
 the extra `jax`, in this environment or in that of `--jax-python`; without it, it is left out.
+`--layers` changes the depth: Inductor takes minutes for 30, once a side.
 """
 
 import json as json_
@@ -25,6 +27,7 @@ import typer
 from rich.console import Console
 
 import funcmodels as fm
+from benchmarks.serve import Mode
 from benchmarks.table import Row, compare, report, spread
 from benchmarks.train_task import HF, QUICK_LAYERS, Task
 
@@ -121,10 +124,18 @@ def main(
     rows: Annotated[int | None, typer.Option(help="sequences of a batch")] = None,
     rounds: Annotated[int | None, typer.Option(help="turns of each side")] = None,
     threads: Annotated[int | None, typer.Option(help="OpenMP threads of torch's sides")] = None,
+    mode: Annotated[Mode, typer.Option(help="how torch's sides run the model")] = Mode.both,
+    layers: Annotated[int | None, typer.Option(help="layers of the model")] = None,
+    processor_time: Annotated[
+        bool, typer.Option(help="processor's seconds of one thread: for a busy machine")
+    ] = False,
     jax_python: Annotated[Path | None, typer.Option(help="interpreter with the extra jax")] = None,
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
 ) -> None:
     """Training steps of ours, transformers and JAX."""
+    if processor_time:
+        threads = 1
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -132,21 +143,27 @@ def main(
     pythons = {} if jax_python is None else {"jax": str(jax_python)}
     has_jax = jax_python is not None or find_spec("jax") is not None
     if not has_jax:
-        console.print("JAX is not installed, and is left out: pip install funcmodels[jax]")
-    hf = {**HF, "num_hidden_layers": QUICK_LAYERS} if quick else HF
+        console.print(r"JAX is not installed, and is left out: pip install funcmodels\[jax]")
+    depth = layers or (QUICK_LAYERS if quick else HF["num_hidden_layers"])
+    hf = {**HF, "num_hidden_layers": depth}
+    groups = {Mode.eager: [EAGER], Mode.compiled: [COMPILED], Mode.both: [EAGER, COMPILED]}[mode]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json_.dumps(hf))
         model = fm.load_model(folder)
         fm.save(model, fm.init(model, seed=0, dtype=torch.float32), folder)
         for name in dtype or list(CLOSE):
-            sides = [s for s in (*EAGER, *COMPILED) if s != "jax" or has_jax]
-            tasks = [Task(s, folder, name, rows or (1 if quick else 4)) for s in sides]
+            sides = [s for group in groups for s in group if s != "jax" or has_jax]
+            batch = rows or (1 if quick else 4)
+            tasks = [Task(s, folder, name, batch, processor_time) for s in sides]
             figures = measure(tasks, pythons, rounds or (2 if quick else 7), console)
             show_noise(figures, name, console)
-            found += to_rows(figures, f"{name} eager", EAGER)
-            found += to_rows(figures, f"{name} compiled", COMPILED)
-    shape = "four layers" if quick else "SmolLM2-135M"
-    report(f"Training, {shape}, CPU, forward, backward and AdamW", found, json)
+            for group in groups:
+                found += to_rows(
+                    figures, f"{name} {'eager' if group is EAGER else 'compiled'}", group
+                )
+    clock = ", processor time" if processor_time else ""
+    title = f"Training, SmolLM2-135M of {depth} layers, CPU, forward, backward and AdamW{clock}"
+    report(title, found, json)
 
 
 if __name__ == "__main__":

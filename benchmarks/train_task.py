@@ -28,12 +28,17 @@ DOCUMENTS = (200, 120, 100, 60, 32)  # tokens of the documents of each row
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: which side, of which weights, in which dtype, on how many rows."""
+    """One benchmark: which side, of which weights, in which dtype, on how many rows.
+
+    Args:
+        processor_time: count the processor's seconds, and not those of the clock on the wall.
+    """
 
     side: str
     folder: str
     dtype: str
     rows: int
+    processor_time: bool = False
 
     def text(self) -> str:
         return json.dumps(asdict(self))
