@@ -74,6 +74,8 @@ _SYNONYM = {
     "concatenate": torch.cat,
     "bmm": torch.matmul,
     "mm": torch.matmul,
+    "mv": torch.matmul,
+    "dot": torch.matmul,
     "amax": torch.amax,
     "amin": torch.amin,
     "data": torch.detach,
@@ -89,6 +91,9 @@ _CASTS = {
 }
 # Functions of torch.nn.functional that are another function here.
 _FUNCTIONAL = {F.sigmoid: torch.sigmoid, F.tanh: torch.tanh, F.relu: torch.relu}
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Products of two tensors over dims of theirs -> which these are, where it is not said.
+_SUMMED: dict[str, Any] = {"tensordot": 2, "outer": 0, "ger": 0, "inner": ([-1], [-1])}
 _TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile", "flip"}
 _IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu", "cuda"}
 _DEVICE_READS = {
@@ -158,6 +163,8 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
         return Tensor.to, (args[0], _CASTS[name]), {}
     if name in ("to", "type", "type_as"):
         return _cast(func, args, kwargs)
+    if name in _SUMMED and (equation := _equation(name, args, kwargs)):
+        return torch.einsum, (equation, *args[:2]), {}
     if func is F.embedding and len(args) == 2 and not kwargs:
         return ops.embed, args, {}
     if func is F.softmax:
@@ -175,7 +182,19 @@ def _name(func: Any) -> str:
     return name
 
 
-_ARGUMENTS = {"linear": ("input", "weight", "bias"), "cat": ("tensors",), "stack": ("tensors",)}
+_ARGUMENTS = {
+    "linear": ("input", "weight", "bias"),
+    "cat": ("tensors",),
+    "stack": ("tensors",),
+    "tensordot": ("a", "b"),
+    "outer": ("input", "vec2"),
+    "mv": ("input", "vec"),
+    "dot": ("input", "tensor"),
+    "mm": ("input", "mat2"),
+    "bmm": ("input", "mat2"),
+    "addmm": ("input", "mat1", "mat2"),
+    "baddbmm": ("input", "batch1", "batch2"),
+}
 
 
 def _in_place_of_names(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -219,6 +238,26 @@ def _is_lookup(x: Any, index: Any) -> bool:
     if not isinstance(index, Tensor) or x.ndim != 2:
         return False
     return index.dtype in (torch.int64, torch.int32) and index.ndim > 0
+
+
+def _equation(name: str, args: tuple, kwargs: dict) -> str | None:
+    """Two tensors and the dims that they are summed over, as einsum's letters; None if unclear."""
+    if len(args) < 2 or "out" in kwargs:
+        return None
+    a, b = args[:2]
+    dims = kwargs.get("dims", args[2] if len(args) > 2 else _SUMMED[name])
+    if isinstance(dims, int):
+        dims = (range(-dims, 0), range(dims))
+    if isinstance(dims, Tensor) or 0 in (a.ndim, b.ndim):
+        return None
+    pairs = [(i % a.ndim, j % b.ndim) for i, j in zip(*dims, strict=True)]
+    if any(type(a.shape[i]) is not int or a.shape[i] != b.shape[j] for i, j in pairs):
+        return None  # of a size of 1 beside another, einsum knows nothing
+    left, right = _LETTERS[: a.ndim], list(_LETTERS[a.ndim : a.ndim + b.ndim])
+    for i, j in pairs:
+        right[j] = left[i]
+    out = [c for c in left if c not in right] + [c for c in right if c not in left]
+    return f"{left},{''.join(right)}->{''.join(out)}"
 
 
 def _as_torch(func: Any, name: str) -> Any:

@@ -12,7 +12,13 @@ from torch import fx
 from compiler import collectives
 from compiler.emit.scope import Scope
 from compiler.ir import MODEL_DTYPE, is_factory, target_name, tensor_type
-from compiler.rules import max_over_ranks, rms_norm_over_ranks, share_of_mean, widened
+from compiler.rules import (
+    max_over_ranks,
+    more_than_zero,
+    rms_norm_over_ranks,
+    share_of_mean,
+    widened,
+)
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 
@@ -185,6 +191,11 @@ def _max_over_ranks(scope: Scope, node: fx.Node) -> str:
 @special(widened)
 def _widened(scope: Scope, node: fx.Node) -> str:
     return f"{scope.value(node.args[0])}.float()"
+
+
+@special(more_than_zero)
+def _more_than_zero(scope: Scope, node: fx.Node) -> str:
+    return f"{scope.value(node.args[0])} + torch.finfo({tensor_type(node).dtype}).eps"
 
 
 @special(share_of_mean)

@@ -27,6 +27,7 @@ from compiler.rules.decide import decide, gathered, is_cut
 from compiler.rules.local import (
     LocalValues,
     max_over_ranks,
+    more_than_zero,
     rms_norm_over_ranks,
     share_of_mean,
     vocab_embed,
@@ -59,6 +60,7 @@ __all__ = [
     "max_over_ranks",
     "mixture",
     "model_ops",
+    "more_than_zero",
     "over_ranks",
     "parts",
     "products",

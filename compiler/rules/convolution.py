@@ -9,11 +9,11 @@ from torch import fx
 
 from compiler.ir import LocalSize
 from compiler.placement import PARTIAL, REPLICATE, Placement, Shard
-from compiler.rules.rule import TOKENS, Decision, Exactly, View, rule
+from compiler.rules.rule import TOKENS, Decision, Exactly, Spelled, Steps, View, rule
 
 
 @rule(torch.conv1d)
-def conv1d(view: View) -> Decision | None:
+def conv1d(view: View) -> Decision | Spelled | None:
     """x: (*batch, in, time), weight: (out, in/groups, kernel); by channels in, out, or both.
 
     Depthwise, each rank has its own channels. Ungrouped, a weight cut by rows gives channels of the
@@ -34,9 +34,11 @@ def conv1d(view: View) -> Decision | None:
     if groups == 1 and isinstance(at_w, Shard) and at_w.dim == 0:
         inputs |= {weight: at_w, **_bias(bias, at_w)}
         return Decision(inputs, Shard(channel, at_w.units, at_w.axis))
-    if groups == 1 and isinstance(at_w, Shard) and at_w.dim == 1 and bias is None:
+    if groups == 1 and isinstance(at_w, Shard) and at_w.dim == 1:
         if at_w.units == 1:
             return None
+        if isinstance(bias, fx.Node):
+            return _biased_at_last(view, x, weight, bias)
         inputs |= {weight: at_w, x: Shard(channel, at_w.units, at_w.axis)}
         needs = [Exactly(at_w.units, at_w.axis, "it is summed over")]
         return Decision(inputs, PARTIAL, needs=needs)
@@ -55,6 +57,23 @@ def conv1d(view: View) -> Decision | None:
     else:
         kwargs["groups"] = local
     return Decision(inputs, out, tuple(args), kwargs)
+
+
+def _biased_at_last(view: View, x: fx.Node, weight: fx.Node, bias: fx.Node) -> Spelled:
+    """A pending sum of all ranks, and the bias added once to it."""
+    stride, padding, dilation = (
+        view.arg(i, name, default)
+        for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+    channels = view.type(bias).shape[0]
+
+    def write(steps: Steps) -> fx.Node:
+        args = (x, weight, None, stride, padding, dilation)
+        made = steps("convolved", torch.conv1d, *args, like=view.node)
+        column = steps("column", torch.reshape, bias, (channels, 1), shape=(channels, 1))
+        return steps("biased", torch.add, made, column, like=view.node)
+
+    return Spelled(write)
 
 
 def _bias(bias: object, at: Shard) -> dict[fx.Node, Placement]:

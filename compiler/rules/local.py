@@ -41,6 +41,11 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def more_than_zero(x: Tensor) -> Tensor:
+    """x + eps as `F.rms_norm` adds it where it is given none: that of the dtype it computes in."""
+    return x + torch.finfo(x.dtype).eps
+
+
 def max_over_ranks(x: Tensor, dim: int, least: bool, axis: str) -> Tensor:
     """The largest, or the least, over a dim that is cut; the dim is kept, of size 1."""
     raise AssertionError("max_over_ranks is carried out by compiler.over_ranks")

@@ -16,7 +16,7 @@ from torch import fx
 
 from compiler.placement import REPLICATE, Shard
 from compiler.rules.elementwise import elementwise
-from compiler.rules.local import max_over_ranks, widened
+from compiler.rules.local import max_over_ranks, more_than_zero, widened
 from compiler.rules.rule import (
     RULES,
     TOKENS,
@@ -33,7 +33,7 @@ from funcmodels import ops
 # The steps of an operation over a dim: (steps, view, x in float32 at least, dim) -> the result.
 Spelling = Callable[[Steps, View, fx.Node, int], fx.Node | None]
 
-RULES[widened] = elementwise
+RULES[widened] = RULES[more_than_zero] = elementwise
 
 
 @rule(max_over_ranks)
@@ -250,13 +250,14 @@ def functional_layer_norm(view: View) -> Any:
 RULES[ops.layer_norm], RULES[F.layer_norm] = layer_norm, functional_layer_norm
 
 
-def _rms_norm(steps: Steps, view: View, x: fx.Node, weight: Any, eps: float) -> fx.Node:
+def _rms_norm(steps: Steps, view: View, x: fx.Node, weight: Any, eps: float | None) -> fx.Node:
     """As torch does it: the weight is multiplied in float32 too, and rounding comes last."""
     dim = len(view.type(x).shape) - 1
     wide = steps.wide(x)
     square = steps("square", torch.square, wide)
     mean = steps("mean", torch.mean, square, dim, True, over=dim)
-    scale = steps("scale", torch.rsqrt, steps("mean", torch.add, mean, eps))
+    added = (more_than_zero, mean) if eps is None else (torch.add, mean, eps)
+    scale = steps("scale", torch.rsqrt, steps("mean", *added))
     found = steps("unit", torch.mul, wide, scale)
     if isinstance(weight, fx.Node):
         found = steps("scaled", torch.mul, found, steps.wide(weight))
@@ -267,13 +268,13 @@ _whole_rms_norm = RULES[F.rms_norm]
 
 
 def functional_rms_norm(view: View) -> Any:
-    """Not without eps, which torch then takes from the dtype: while tracing, that is a stand-in."""
+    """Over the cut dim the ranks sum their squares."""
     weight, eps = view.arg(2, "weight"), view.arg(3, "eps")
     x = view.tensors[0]
     at, rank = view.at(x), len(view.type(x).shape)
     is_over = isinstance(at, Shard) and at.dim == rank - 1 and at.units > 1
     several = len(view.arg(1, "normalized_shape")) > 1
-    if several or eps is None or not is_over or view.axis == TOKENS:
+    if several or not is_over or view.axis == TOKENS:
         return _whole_rms_norm(view)
     return Spelled(lambda steps: _rms_norm(steps, view, x, weight, eps))
 

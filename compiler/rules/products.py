@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from compiler.placement import PARTIAL, REPLICATE, Partial, Placement, Shard
-from compiler.rules.rule import Decision, Exactly, View, rule
+from compiler.rules.rule import TOKENS, Decision, Exactly, Spelled, Steps, View, rule
 
 
 @rule(torch.einsum)
@@ -98,8 +98,8 @@ def matmul(view: View) -> Decision | None:
 
 
 @rule(F.linear)
-def linear(view: View) -> Decision | None:
-    """x @ w.T + b; a bias on top of a pending sum would be added on every rank."""
+def linear(view: View) -> Decision | Spelled | None:
+    """x @ w.T + b; of a pending sum, the bias is added once, to what the ranks have summed."""
     x, w = view.node.args[:2]
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
     bias = view.arg(2, "bias")
@@ -108,12 +108,41 @@ def linear(view: View) -> Decision | None:
     if not isinstance(bias, fx.Node):
         return found
     if isinstance(found.output, Partial):
-        return None
+        return None if view.axis == TOKENS else added_to(view, F.linear, (x, w), bias)
     cut = isinstance(found.output, Shard) and found.output.dim == len(lead)
     found.inputs[bias] = (
         Shard(0, found.output.units, found.output.axis) if cut else REPLICATE  # type: ignore[union-attr]
     )
     return found
+
+
+def added_to(view: View, target: Any, args: tuple, bias: fx.Node) -> Spelled:
+    """A product without its bias, and then the bias."""
+
+    def write(steps: Steps) -> fx.Node:
+        product = steps("product", target, *args, like=view.node)
+        return steps("biased", torch.add, product, bias, like=view.node)
+
+    return Spelled(write)
+
+
+@rule(torch.addmm, torch.baddbmm)
+def addmm(view: View) -> Spelled:
+    """beta * b + alpha * (x @ y), in steps."""
+    b, x, y = view.node.args[:3]
+    assert isinstance(b, fx.Node) and isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    beta, alpha = view.arg(3, "beta", 1), view.arg(4, "alpha", 1)
+
+    def write(steps: Steps) -> fx.Node:
+        product = steps("product", torch.matmul, x, y, like=view.node)
+        if alpha != 1:
+            product = steps("product", torch.mul, product, alpha)
+        if beta == 0:  # torch then ignores b, and what in it is no number
+            return product
+        added = b if beta == 1 else steps("added", torch.mul, b, beta)
+        return steps("biased", torch.add, product, added, like=view.node)
+
+    return Spelled(write)
 
 
 @rule(torch.linalg.solve_triangular)

@@ -35,6 +35,7 @@ PARAMS = {
     "wide": WIDE("q hidden"),
     "wide_o": WIDE("hidden q"),
     "bias": P("mlp"),
+    "out": P("hidden"),
     "norm": P("hidden"),
     "small": WIDE("head_dim one_head"),
     "turned": P("hidden head_dim heads"),
@@ -86,6 +87,15 @@ FORMS: dict[str, tuple[Any, list[str] | None]] = {
     "vmap of transposed": (
         lambda x, p: einsum(vmap(lambda q: x @ q, in_dims=1)(p["qt"]), p["o"],
                             "h t d, e h d -> t e"), ["column", "row"]),
+    "summed, and a bias": (
+        lambda x, p: F.linear(F.linear(x, p["up"], p["bias"]).tanh(), p["down"], p["out"]),
+        ["column", "row"]),
+    "addmm": (
+        lambda x, p: torch.addmm(p["out"], torch.addmm(p["bias"], x, p["up"].T), p["down"].T),
+        ["column", "row"]),
+    "tensordot": (
+        lambda x, p: torch.tensordot(torch.tensordot(x, p["q"], ([1], [2])), p["ot"], 2),  # type: ignore[arg-type]
+        ["column", "row"]),
     "rows of another order": (
         lambda x, p: rearrange(heads(x, p), "... h d -> ... (d h)")
         @ rearrange(p["turned"], "e d h -> (d h) e"), None),
@@ -127,6 +137,8 @@ def test_form(name):
     want = FORMS[name][1]
     if want is not None:
         assert kinds_of(lowered) == want
+    if want == ["column", "row"]:
+        assert not local.gathered
     weights, (tokens, positions) = weights_of(model), inputs_of(5)
     expected = model.forward(weights, tokens, positions)
     for parts in (1, 2, 4):

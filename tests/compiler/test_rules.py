@@ -215,7 +215,14 @@ ROWS = [
     row("linear columns", lambda x, w: F.linear(x, w), "b a/tp", "e a/tp"),
     row("linear bias", lambda x, w, b: F.linear(x, w, b), "b a", "e/tp a", "e/tp"),
     row("linear whole bias", lambda x, w, b: F.linear(x, w, b), "b a", "e/tp a", "e"),
-    row("linear partial bias", lambda x, w, b: F.linear(x, w, b), "b a/tp", "e a/tp", "e", gathers=True),
+    row("linear partial bias", lambda x, w, b: F.linear(x, w, b), "b a/tp", "e a/tp", "e"),
+    row("linear partial, cut bias", lambda x, w, b: F.linear(x, w, bias=b), "b a/tp", "e a/tp", "e/tp"),
+    row("addmm", lambda x, w, b: torch.addmm(b, x, w.T) + torch.addmm(b, x, mat2=w.T, beta=2, alpha=0.5)
+        + torch.addmm(b.detach() / 0, x, w.T, beta=0), "b a/tp", "e a/tp", "e"),
+    row("baddbmm", lambda x, w, b: torch.baddbmm(b, x, w), "d b a/tp", "d a/tp c", "c"),
+    row("tensordot", lambda x, w: torch.tensordot(x, w, ([-1, 0], [1, 0])) + torch.tensordot(  # type: ignore[arg-type]
+        x, w.transpose(0, 1), dims=1).sum(1)[1], "d a/tp", "d a/tp b"),
+    row("outer", lambda x, y, w: x.outer(y) + torch.inner(x @ w, y) + w.mv(y).dot(x), "a/tp", "b", "a b"),
     row("unembed", lambda x, w: ops.unembed(x, w), "b a", "e/tp a"),
     # Shapes
     row("reshape merge", lambda x: x.reshape(48), "a/tp b"),
@@ -343,7 +350,7 @@ ROWS = [
     row("conv1d of cut channels", lambda x, w: F.conv1d(x, w, groups=12), "a/tp e", "a one b"),
     row("conv1d rows", lambda x, w, b: F.conv1d(x, w, b), "b e", "a/tp b d", "a/tp"),
     row("conv1d columns", lambda x, w: F.conv1d(x, w), "a/tp e", "c a/tp b"),
-    row("conv1d columns and bias", lambda x, w, b: F.conv1d(x, w, b), "a/tp e", "c a/tp b", "c", gathers=True),
+    row("conv1d columns and bias", lambda x, w, b: F.conv1d(x, w, b), "a/tp e", "c a/tp b", "c"),
     row("conv1d grouped", lambda x, w: F.conv1d(x, w, groups=2), "c/tp e", "a kv d", gathers=True, parts=(1, 2, 3)),
     row("conv1d over cut time", lambda x, w: F.conv1d(x, w), "b e/tp", "a b d", gathers=True),
     row("sort", lambda x: x.sort(-1).values + x.argsort(-1), "a/tp b"),
@@ -365,7 +372,7 @@ ROWS = [
     row("layer_norm", lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-5), "a/tp b", "b", "b"),
     row("F.rms_norm of the cut", lambda x, w: F.rms_norm(x, (12,), w, 1e-5) + F.rms_norm(x, (12,), eps=0.1), "b a/tp", "a"),
     row("F.rms_norm of the cut, both", lambda x, w: F.rms_norm(x, (12,), w, 1e-5), "b a/tp", "a/tp"),
-    row("F.rms_norm of the cut, no eps", lambda x, w: F.rms_norm(x, (12,), w), "b a/tp", "a", gathers=True),
+    row("F.rms_norm of the cut, no eps", lambda x, w: F.rms_norm(x, (12,), w), "b a/tp", "a"),
     row("F.rms_norm", lambda x, w: F.rms_norm(x, (4,), w, 1e-5), "a/tp b", "b"),
     row("F.layer_norm", lambda x, w: F.layer_norm(x, (4,), w, None, 1e-5), "a/tp b", "b"),
     row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
