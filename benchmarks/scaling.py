@@ -132,16 +132,24 @@ def _peak() -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
+def run(*, layers: int, rows: int, rounds: int, json: Path | None = None) -> list[Row]:
+    """Measure, and print a table."""
+    cores = len(os.sched_getaffinity(0))
+    found = weak_scaling(layers=layers, rows=rows, rounds=rounds)
+    title = f"Weak scaling, {layers} layers, {rows} rows of {LENGTH} a process, {cores} cores"
+    report(title, found, json)
+    return found
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="fewer layers")] = False,
     rows: int = 2,
     rounds: int = 5,
     json: Annotated[Path | None, typer.Option(help="where to write the rows")] = None,
 ) -> None:
-    cores = len(os.sched_getaffinity(0))
+    """Weak scaling of training on two processes."""
     layers = QUICK_LAYERS if quick else HF["num_hidden_layers"]
-    title = f"weak scaling, {layers} layers, {rows} rows of {LENGTH} a process, {cores} cores"
-    report(title, weak_scaling(layers=layers, rows=rows, rounds=rounds), json)
+    run(layers=layers, rows=rows, rounds=rounds, json=json)
 
 
 if __name__ == "__main__":

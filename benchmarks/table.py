@@ -69,8 +69,13 @@ def report(title: str, rows: list[Row], json_file: Path | None = None) -> None:
         console = Console(width=140)
     console.print(table)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write(rows, json_file)
+
+
+def write(rows: list[Row], file: Path) -> None:
+    """The rows as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 def number(value: float) -> str:

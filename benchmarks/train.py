@@ -2,7 +2,7 @@
 
     python -m benchmarks.train [--quick] [--mode eager|compiled|both] [--dtype NAME ...]
                                [--layers N] [--rows N] [--rounds N] [--threads N]
-                               [--processor-time] [--jax-python PATH] [--json FILE]
+                               [--processor-time] [--no-scaling] [--jax-python PATH] [--json FILE]
 
 SmolLM2-135M's shape with random weights, the same on every side; packed sequences of 512 tokens; a
 step is forward, backward and AdamW, on weights in the dtype of the row. Each side is a process of
@@ -10,6 +10,9 @@ its own; they take turns, A B C, C B A, ..., and the first turn is thrown away. 
 largest resident memory of the process during its steps, compilation left out. The JAX side needs
 the extra `jax`, in this environment or in that of `--jax-python`; without it, it is left out.
 `--layers` changes the depth: Inductor takes minutes for 30, once a side.
+
+Then the weak scaling over two processes, of `benchmarks.scaling`, in a table of its own; not with
+`--processor-time`, which sees no waiting.
 """
 
 import json as json_
@@ -27,8 +30,9 @@ import typer
 from rich.console import Console
 
 import funcmodels as fm
+from benchmarks import scaling as over_processes
 from benchmarks.serve import Mode
-from benchmarks.table import Row, compare, report, spread
+from benchmarks.table import Row, compare, report, spread, write
 from benchmarks.train_task import HF, QUICK_LAYERS, Task
 
 EAGER = ("ours eager", "transformers eager")
@@ -129,6 +133,7 @@ def main(
     processor_time: Annotated[
         bool, typer.Option(help="processor's seconds of one thread: for a busy machine")
     ] = False,
+    scaling: Annotated[bool, typer.Option(help="two processes against one, too")] = True,
     jax_python: Annotated[Path | None, typer.Option(help="interpreter with the extra jax")] = None,
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
 ) -> None:
@@ -164,6 +169,12 @@ def main(
     clock = ", processor time" if processor_time else ""
     title = f"Training, SmolLM2-135M of {depth} layers, CPU, forward, backward and AdamW{clock}"
     report(title, found, json)
+    if scaling and not processor_time:
+        over = over_processes.run(
+            layers=depth, rows=rows or (1 if quick else 2), rounds=rounds or (2 if quick else 5)
+        )
+        if json is not None:
+            write(found + over, json)
 
 
 if __name__ == "__main__":
