@@ -117,9 +117,9 @@ class _Waited:
     def __getattr__(self, name: str) -> Any:
         op = getattr(self.ops, name)
 
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **given: Any) -> Any:
             start = time.perf_counter()
-            out = op(*args)
+            out = op(*args, **given)
             self.seconds += time.perf_counter() - start
             return out
 
