@@ -25,6 +25,9 @@ def short_conv(
 ) -> Float[Tensor, "*batch seq channels"]:
     """y_t = sum_j weight[:, j] * x_{t - width + 1 + j} + bias, with zeros before a document.
 
+    The sum is taken in float32 (float64 where x is) and rounded once, as `torch.nn.Conv1d` does:
+    rounded after each term, it made a bfloat16 Mamba-2's gradients a fifth less exact.
+
     Args:
         x: (*batch, seq, channels).
         weight: its last column is that of the token itself, as in `torch.nn.Conv1d`.
@@ -64,18 +67,22 @@ def by_itself(x: Tensor) -> bool:
 def step(carry: dict[str, Tensor], x: Tensor, params: Any) -> tuple[dict[str, Tensor], Tensor]:
     """One token."""
     window = torch.cat([carry["x"], x[..., None, :]], dim=-2)  # (..., width, channels)
-    y = (window * params["weight"].t()).sum(-2)
-    return {"x": window[..., 1:, :]}, y + params["bias"] if "bias" in params else y
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = (window.to(wide) * params["weight"].t().to(wide)).sum(-2)
+    y = y + params["bias"].to(wide) if "bias" in params else y
+    return {"x": window[..., 1:, :]}, y.to(x.dtype)
 
 
 def chunked(carry: dict[str, Tensor], x: Tensor, params: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Some tokens at once: a sum of shifted rows, one for each column of the weight."""
     rows = torch.cat([carry["x"], x], dim=-2)  # (..., width - 1 + n, channels)
-    columns = params["weight"].t().contiguous().unbind(0)  # each read once for every token
-    n, width = x.shape[-2], len(columns)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Each column is read once for every token.
+    columns = params["weight"].t().to(wide).contiguous().unbind(0)
+    n, width, terms = x.shape[-2], len(columns), rows.to(wide)
     # Expanded, since `addcmul` does not do so itself with a symbolic number of tokens.
-    parts = [(rows.narrow(-2, j, n), column.expand_as(x)) for j, column in enumerate(columns)]
-    y = params["bias"].expand_as(x) if "bias" in params else torch.mul(*parts.pop(0))
+    parts = [(terms.narrow(-2, j, n), column.expand_as(x)) for j, column in enumerate(columns)]
+    y = params["bias"].to(wide).expand_as(x) if "bias" in params else torch.mul(*parts.pop(0))
     for part, column in parts:
         y = torch.addcmul(y, part, column)
-    return {"x": rows.narrow(-2, n, width - 1)}, y
+    return {"x": rows.narrow(-2, n, width - 1)}, y.to(x.dtype)

@@ -77,10 +77,10 @@ def ssd(
 def step(carry: dict[str, Tensor], x: Any, params: Any) -> tuple[dict[str, Tensor], Tensor]:
     """One token."""
     h, dt, v = carry["h"], x["dt"], x["x"].to(carry["h"].dtype)
-    B, C = (_of_heads(x[name].to(h.dtype), h.shape[-3]) for name in "BC")
+    (B, C), of = _of_heads((x["B"].to(h.dtype), x["C"].to(h.dtype)), h.shape[-3])
     h = h * (dt * params["A"]).exp()[..., None, None]
-    h = h + einsum(v * dt[..., None], B, "... h p, ... h n -> ... h p n")
-    y = einsum(h, C, "... h p n, ... h n -> ... h p")
+    h = h + einsum(v * dt[..., None], B, f"... h p, ... {of} n -> ... h p n")
+    y = einsum(h, C, f"... h p n, ... {of} n -> ... h p")
     return {"h": h}, _with_skip(y, v, params).to(x["x"].dtype)
 
 
@@ -92,20 +92,26 @@ def chunked(carry: dict[str, Tensor], x: Any, params: Any) -> tuple[dict[str, Te
     since = decay.cumsum(-2).exp()  # the decay from before the chunk to a token
     between = decay_between(decay.movedim(-1, -2))  # (..., heads, to, from)
     scores = einsum(C, B, "... t g n, ... s g n -> ... g t s")
-    scores = scores.repeat_interleave(h.shape[-3] // B.shape[-2], dim=-3) * between
-    B, C = (_of_heads(t, h.shape[-3]) for t in (B, C))
+    if B.shape[-2] > 1:
+        scores = scores.repeat_interleave(h.shape[-3] // B.shape[-2], dim=-3)
+    (B, C), of = _of_heads((B, C), h.shape[-3])
     u = v * dt[..., None]
-    y = einsum(scores, u, "... h t s, ... s h p -> ... t h p")
-    y = y + einsum(C * since[..., None], h, "... t h n, ... h p n -> ... t h p")
-    left = between[..., -1, :]  # (..., heads, n): from each token to the chunk's end
+    y = einsum(scores * between, u, "... h t s, ... s h p -> ... t h p")
+    y = y + since[..., None] * einsum(C, h, f"... t {of} n, ... h p n -> ... t h p")
+    left = between[..., -1, :].movedim(-1, -2)  # (..., n, heads): from each token to the end
     h = h * since[..., -1, :, None, None]
-    h = h + einsum(u, left, B, "... s h p, ... h s, ... s h n -> ... h p n")
+    h = h + einsum(u * left[..., None], B, f"... s h p, ... s {of} n -> ... h p n")
     return {"h": h}, _with_skip(y, v, params).to(x["x"].dtype)
 
 
-def _of_heads(groups: Tensor, heads: int) -> Tensor:
-    """(..., groups, n) -> (..., heads, n): what the heads of a group share, for each."""
-    return groups.repeat_interleave(heads // groups.shape[-2], dim=-2)
+def _of_heads(groups: tuple[Tensor, ...], heads: int) -> tuple[list[Tensor], str]:
+    """Of tensors (..., groups, n), what the heads of a group share, and its name in a product.
+
+    One group is no dim of a product: it has the same rows for all heads, those of any rank too.
+    """
+    if groups[0].shape[-2] == 1:
+        return [t.squeeze(-2) for t in groups], ""
+    return [t.repeat_interleave(heads // t.shape[-2], dim=-2) for t in groups], "h"
 
 
 def _with_skip(y: Tensor, x: Tensor, params: Any) -> Tensor:

@@ -97,6 +97,12 @@ def test_short_conv(width, seq):
         ops.short_conv(x, weight[:3])
 
 
+def test_short_conv_in_bfloat16_rounds_its_sum_once():
+    x, weight, bias = (t.bfloat16() for t in (rows(300, 5), rows(5, 4, seed=1), rows(5, seed=2)))
+    exact = ops.short_conv(x.double(), weight.double(), bias.double())
+    assert torch.equal(ops.short_conv(x, weight, bias), exact.bfloat16())
+
+
 CALLS = {
     "gated_linear_attention": lambda p, ids: ops.gated_linear_attention(
         p["q"], p["k"], p["v"], p["g"], segment_ids=ids
