@@ -1,8 +1,13 @@
-"""Several processes of a test, over gloo, each running one function."""
+"""Several processes of a test, over gloo, each running one function.
+
+They are forked from a process that has imported what they need, and computed nothing: a rank starts
+in a moment, and knows nothing of the tests before it.
+"""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,11 +19,30 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+# Imports of seconds; the first to start a process decides, for all tests of a run.
+PRELOAD = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.fx.experimental.symbolic_shapes",
+    "compiler.torch_target",
+    "funcmodels.nn",
+    "funcmodels.train",
+]
+
+
+def forkserver() -> Any:
+    """The context of `multiprocessing` whose processes have their imports done."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
 
 def on_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """`fn(*args)` in each of n processes; what each returned, by rank."""
+    forkserver()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (n, folder, fn, args), nprocs=n, start_method="spawn")
+        mp.start_processes(_process, (n, folder, fn, args), nprocs=n, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 
@@ -31,7 +55,8 @@ def _process(rank: int, n: int, folder: str, fn: Callable[..., Any], args: tuple
     try:
         torch.save(fn(*args), f"{folder}/{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         gc.collect()  # threads of a group in some cycle, gone before the interpreter is
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+
+from examples import train_parallel
+from tests.distributed.ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -38,9 +44,23 @@ def on_one_machine(ranks: int, *args: str) -> tuple[float, float]:
     return losses(done.stdout)
 
 
+def said_alone() -> str:
+    """What the program prints on one process, which no torchrun has started."""
+    torch.distributed.destroy_process_group()  # it makes its own
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv[1:] = PROGRAM[2:]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train_parallel.main()
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def alone() -> tuple[float, float]:
-    return on_one_machine(1)
+    return losses(on_ranks(1, said_alone)[0])
 
 
 @pytest.mark.slow
@@ -54,7 +74,7 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
 
 
-@contextmanager
+@contextlib.contextmanager
 def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
     """Two network namespaces with a cable between them: (name, interface, address) of each."""
     if shutil.which("ip") is None:
