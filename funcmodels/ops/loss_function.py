@@ -106,15 +106,20 @@ class WeightedLoss(torch.autograd.Function):
         o = Logits(*o)
         gradient, found = Gradient(hidden, table, needs), []
         for part in plain.parts(hidden, table, o):
-            x, cap = plain.logits(hidden[..., part, :], table, o)
-            t, w = targets[..., part], weight[..., part]
-            target, mean = plain.picked(x, t), plain.mean_of(x, o.means)  # before x is overwritten
-            exps, sums, lse = plain.exponentials(x, in_place=True)
-            found.append((plain.losses(Stats(lse, target, mean), weights) * w).sum(-1))
-            by = plain.by_stats(w, lse, weights)
-            grad = plain.by_logits(exps, sums, t, by, o, in_place=True)
-            grad = grad if cap is None else grad.mul_(cap[0])
-            gradient.add(part, grad, o)
+            z = plain.product(hidden[..., part, :], table)
+            grads = []
+            for block in plain.blocks(z):
+                t, w = targets[..., part][..., block], weight[..., part][..., block]
+                x, cap = plain.capped(z[..., block, :], o)
+                target, mean = plain.picked(x, t), plain.mean_of(x, o.means)  # x is overwritten
+                exps, sums, lse = plain.exponentials(x, in_place=True)
+                found.append((plain.losses(Stats(lse, target, mean), weights) * w).sum(-1))
+                by = plain.by_stats(w, lse, weights)
+                grad = plain.by_logits(exps, sums, t, by, o, in_place=True)
+                grads.append(grad if cap is None else grad.mul_(cap[0]))
+                if grad.shape != z.shape:  # the product has been read
+                    grads[-1] = z[..., block, :].copy_(grads[-1])
+            gradient.add(part, z if len(grads) > 1 else grads[0], o)
         total = torch.stack(found).sum(0)
         none = total.new_zeros(total.shape)
         return total, *(none.clone() if g is None else g for g in gradient.result())

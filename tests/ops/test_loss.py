@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcmodels import ops
 from funcmodels.errors import ShapeError
+from funcmodels.ops import loss_logits
 
 N, HIDDEN, VOCAB = 7, 4, 11
 CASES = {
@@ -19,6 +20,12 @@ CASES = {
 }
 TARGETS = torch.arange(N) * 3 % VOCAB
 MASK = torch.tensor([True, True, False, True, True, False, True])
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """Two tokens' logits at a time, of a chunk of three; `tests/test_loss.py` has all at once."""
+    monkeypatch.setattr(loss_logits, "BLOCK", 2 * VOCAB)
 
 
 def case(name, reduction):

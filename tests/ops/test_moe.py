@@ -73,7 +73,7 @@ def test_autograd_agrees_with_finite_differences():
         return run(dict(zip(WEIGHTS, w, strict=True)), x, top, ids)
 
     assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)  # along random directions
 
 
 def test_the_same_expert_twice_and_no_batch():
