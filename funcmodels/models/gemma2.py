@@ -46,7 +46,7 @@ class Config(hf_config.ZooConfig):
         "cache_implementation": ("hybrid",),  # of generate() in transformers
     }
     # Older names of hidden_activation and sliding_window, which transformers does not read.
-    READS = ("hidden_act", "sliding_window_size")
+    READS = ("hidden_act", "sliding_window_size", "_attn_implementation")
 
     vocab_size: int
     hidden_size: int

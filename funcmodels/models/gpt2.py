@@ -38,11 +38,12 @@ class Config(hf_config.ZooConfig):
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "add_cross_attention": (False,),
     }
-    # Dropout, which is none here; heads of other models; n_positions again; an order of summation.
+    # Dropout, which is none here; heads of other models; n_positions again; an order of summation;
+    # two fields of GPT-1.
     READS = (
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout",
         "summary_proj_to_labels", "summary_type", "summary_use_proj", "n_ctx",
-        "reorder_and_upcast_attn", "gradient_checkpointing",
+        "reorder_and_upcast_attn", "gradient_checkpointing", "n_special", "predict_special_tokens",
     )  # fmt: skip
 
     vocab_size: int

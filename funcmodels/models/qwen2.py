@@ -39,7 +39,7 @@ class Config(hf_config.ZooConfig):
     """Sizes and features, in Hugging Face's spelling."""
 
     MODEL_TYPE = "qwen2"
-    ONLY = {"hidden_act": ("silu",), "attention_dropout": (0, 0.0)}
+    ONLY = {"hidden_act": ("silu",), "attention_dropout": (0, 0.0), "use_mrope": (False,)}
     READS = ("max_window_layers",)
 
     vocab_size: int

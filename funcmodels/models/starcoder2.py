@@ -37,8 +37,10 @@ class Config(hf_config.ZooConfig):
         "mlp_type": (None, "default"),
         "norm_type": (None, "layer_norm"),
     }
-    # Dropout, which is none here, and an older name of hidden_act that is not read.
-    READS = ("attention_dropout", "residual_dropout", "embedding_dropout", "activation_function")
+    # Dropout, which is none here, and names of StarCoder 1, which nothing reads.
+    READS = ("attention_dropout", "residual_dropout", "embedding_dropout", "activation_function",
+             "layer_norm_epsilon", "scale_attn_weights", "attention_softmax_in_fp32",
+             "scale_attention_softmax_in_fp32")  # fmt: skip
 
     vocab_size: int
     hidden_size: int

@@ -34,6 +34,7 @@ SHARED: dict[str, Any] = {
     "type_vocab_size": 2,
     "vocab_size": 30522,
 }
+# Source: none was found; by their numbers of parameters alone, and MiniLM by its own weights.
 PUBLISHED = {  # without BERT's own pooler, (hidden + 1) * hidden, which embeddings do not use
     "all-MiniLM-L6-v2": Published(
         SHARED

@@ -29,6 +29,9 @@ SHARED: dict[str, Any] = {
     "use_qk_norm": False,
     "vocab_size": 256000,
 }
+# Source: aya-23-8B as copied in mlc-ai/mlc-llm, python/mlc_llm/model/model_preset.py; the
+# sizes of command-r-v01 in sgl-project/ome, pkg/hfutil/modelconfig/testdata; the rest by their
+# numbers of parameters alone.
 PUBLISHED = {
     "aya-23-8B": Published(
         SHARED

@@ -78,6 +78,8 @@ SHARED: dict[str, Any] = {
     "v_head_dim": 128,
     "vocab_size": 102400,
 }
+# Source: DeepSeek-V2-Lite as copied in mlc-ai/mlc-llm,
+# python/mlc_llm/model/model_preset.py; the rest by their numbers of parameters alone.
 PUBLISHED = {
     "DeepSeek-V2-Lite": Published(
         SHARED

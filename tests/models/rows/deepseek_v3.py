@@ -36,6 +36,8 @@ SHARED: dict[str, Any] = {
     "topk_method": "noaux_tc",
     "v_head_dim": 128,
 }
+# Source: DeepSeek-V3 as copied in sgl-project/ome, pkg/hfutil/modelconfig/testdata;
+# Moonlight by THUDM/slime, scripts/models/moonlight.sh.
 PUBLISHED = {
     # Published in float8; of its 685B parameters 671B are of these layers.
     "DeepSeek-V3": Published(

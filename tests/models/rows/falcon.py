@@ -27,6 +27,8 @@ SHARED: dict[str, Any] = {
     "layer_norm_epsilon": 1e-05,
     "vocab_size": 65024,
 }
+# Source: the sizes of falcon-7b and falcon-40b by Lightning-AI/litgpt, litgpt/config.py;
+# the rest by their numbers of parameters alone.
 PUBLISHED = {
     "falcon-rw-1b": Published(
         SHARED

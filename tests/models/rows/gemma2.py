@@ -39,6 +39,8 @@ SHARED: dict[str, Any] = {
     "sliding_window": 4096,
     "vocab_size": 256000,
 }
+# Source: as copied in sgl-project/ome, pkg/hfutil/modelconfig/testdata, and in
+# mlc-ai/mlc-llm, python/mlc_llm/model/model_preset.py.
 PUBLISHED = {
     "gemma-2-2b": Published(
         SHARED
@@ -70,6 +72,7 @@ PUBLISHED = {
     "gemma-2-27b": Published(
         SHARED
         | {
+            "_attn_implementation": "eager",
             "head_dim": 128,
             "hidden_size": 4608,
             "intermediate_size": 36864,

@@ -38,6 +38,8 @@ SHARED: dict[str, Any] = {
     "rope_theta": 1000000,
     "sliding_window": 512,
 }
+# Source: gemma-3-1b-it and 27b-it as copied in sgl-project/ome,
+# pkg/hfutil/modelconfig/testdata; gemma-3-270m by its number of parameters alone.
 PUBLISHED = {
     "gemma-3-270m": Published(
         SHARED

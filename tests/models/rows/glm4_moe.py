@@ -56,6 +56,8 @@ SHARED: dict[str, Any] = {
 }
 # The checkpoints hold 358_337_791_296 and 110_468_824_832: in them is a layer that predicts a
 # further token, 5_539_962_272 and 3_616_573_568 with its copies of the embedding and of the head.
+# Source: the sizes by NVIDIA-NeMo/Megatron-Bridge, tests/unit_tests/models/glm; thetas,
+# routing and scaling by THUDM/slime, scripts/models/glm4.5-*.sh.
 PUBLISHED = {
     "GLM-4.5": Published(
         SHARED

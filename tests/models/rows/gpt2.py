@@ -31,9 +31,21 @@ SHARED: dict[str, Any] = {
     "summary_use_proj": True,
     "vocab_size": 50257,
 }
+# Source: gpt2 and gpt2-medium as copied in mlc-ai/mlc-llm,
+# python/mlc_llm/model/model_preset.py; the sizes of gpt2-xl by cli99/llm-analysis.
 PUBLISHED = {
     "gpt2": Published(SHARED | {"n_embd": 768, "n_head": 12, "n_layer": 12}, 124_439_808),
-    "gpt2-medium": Published(SHARED | {"n_embd": 1024, "n_head": 16, "n_layer": 24}, 354_823_168),
+    "gpt2-medium": Published(
+        SHARED
+        | {
+            "n_embd": 1024,
+            "n_head": 16,
+            "n_layer": 24,
+            "n_special": 0,
+            "predict_special_tokens": True,
+        },
+        354_823_168,
+    ),
     "gpt2-xl": Published(SHARED | {"n_embd": 1600, "n_head": 25, "n_layer": 48}, 1_557_611_200),
 }
 

@@ -29,6 +29,8 @@ SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_parallel_residual": True,
 }
+# Source: the sizes of Pythia by EleutherAI/pythia, models/*/*.yml; gpt-neox-20b by its
+# number of parameters alone.
 PUBLISHED = {
     "pythia-70m": Published(
         SHARED

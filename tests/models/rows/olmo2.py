@@ -30,6 +30,8 @@ SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 100352,
 }
+# Source: 7B and 32B by mlc-ai/mlc-llm, python/mlc_llm/model/model_preset.py; 1B by
+# allenai/OLMo, configs/official-0425.
 PUBLISHED = {
     "OLMo-2-0425-1B": Published(
         SHARED

@@ -47,6 +47,7 @@ SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 50304,
 }
+# Source: by NVIDIA-NeMo/Megatron-Bridge, tests/unit_tests/models/olmoe.
 PUBLISHED = {  # of one size
     "OLMoE-1B-7B-0924": Published(SHARED, 6_919_161_856),
     "OLMoE-1B-7B-0125": Published(SHARED, 6_919_161_856),

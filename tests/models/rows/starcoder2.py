@@ -35,6 +35,8 @@ SHARED: dict[str, Any] = {
     "use_bias": True,
     "vocab_size": 49152,
 }
+# Source: starcoder2-7b as copied in mlc-ai/mlc-llm, python/mlc_llm/model/model_preset.py; the
+# rest by their numbers of parameters alone.
 PUBLISHED = {
     "starcoder2-3b": Published(
         SHARED
@@ -57,6 +59,11 @@ PUBLISHED = {
             "num_hidden_layers": 32,
             "num_key_value_heads": 4,
             "rope_theta": 1000000,
+            "activation_function": "gelu",
+            "attention_softmax_in_fp32": True,
+            "layer_norm_epsilon": 1e-05,
+            "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True,
         },
         7_173_923_840,
     ),
