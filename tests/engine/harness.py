@@ -18,7 +18,8 @@ happen once in the test process, and each engine runs in a forked child of it. W
 - `gc.freeze()`: the engine calls `gc.collect` several times while it starts, and each would walk
   the million inherited objects, and copy their pages.
 - `torch.compiler.set_stance("force_eager")` in eager tests: the engine compiles small helpers of
-  its own even then.
+  its own even then. In compiled ones these are traced alone: with Inductor, one of the sampler's
+  takes as long in each worker as tracing the model.
 - kernels for the missing Triton bound before the fork: vLLM searches all modules for them.
 - `kv_cache_memory_bytes`: otherwise the engine takes most of the machine's memory, and warms up.
 - `nobind`: pinning threads needs a NUMA node per worker.
@@ -52,11 +53,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
+import torch.nn.functional as F
 
-# What the engine imports on its way to the first token.
+# What the engine imports on its way to the first token, and Dynamo while it traces.
 PRELOAD = (
     "torch._dynamo",
     "torch._inductor.config",
+    "torch.distributed.tensor.experimental._attention",
+    "sympy.physics.units",
     "transformers",
     "vllm",
     "vllm.entrypoints.llm",
@@ -115,13 +119,16 @@ def preload() -> None:
     """Import the engine into this process, once. About 10 s."""
     assert torch.get_num_threads() == 1, "a forked child hangs: torch.set_num_threads(1) first"
     with _environ(CHILD_ENV):  # some are read at import
+        from vllm.platforms import current_platform
+
+        current_platform.simple_compile_backend = "eager"  # read at import, for its helpers
         for name in PRELOAD:
             importlib.import_module(name)
-    from vllm.platforms import current_platform
-
     with warnings.catch_warnings():  # it looks at every attribute of every module
         warnings.simplefilter("ignore")
         current_platform.register_triton_kernel_overrides()
+    torch.compile(F.silu, backend="eager", dynamic=True)(torch.ones(2, 2))  # Dynamo's own tables
+    torch._dynamo.utils.counters.clear()
 
 
 def run_in_engine(
