@@ -168,7 +168,7 @@ def _check_layers(served: Any, dtype: torch.dtype) -> None:
         )
     used = vars(module).values()
     mixes = any("fused_moe" in str(getattr(each, "__module__", "")) for each in used)
-    if mixes and not hasattr(module, "Experts"):
+    if mixes and not hasattr(module, "OwnRoutedExperts"):
         raise PushError(
             f"{served.__name__} mixes experts",
             got="vLLM's layer for them, whose weights are wrong after an update",

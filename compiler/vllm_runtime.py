@@ -183,8 +183,27 @@ class TypedLayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class Experts(RoutedExperts):
-    """vLLM's experts; on a CPU they can be loaded again, and a bias after them is added once."""
+class OwnRoutedExperts(RoutedExperts):
+    """vLLM's experts; on a CPU they can be loaded again, and a bias after them is added once.
+
+    Its name holds that of vLLM's class, by which compressed-tensors finds what it quantises.
+    """
+
+    def _get_quant_method(self, prefix: str, quant_config, moe_config):
+        if quant_config is None:
+            return super()._get_quant_method(prefix, quant_config, moe_config)
+        try:
+            method = super()._get_quant_method(prefix, quant_config, moe_config)
+            if getattr(method, "experts_cls", RoutedExperts) is None:  # told only after loading
+                raise NotImplementedError(f"{type(method).__name__} found none")
+            return method
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(
+                "vLLM has no kernel here for the quantised experts of this checkpoint\n"
+                f"  got:  {quant_config.get_name()}, for {prefix}: {error}\n"
+                "  need: experts that are not quantised, or another device\n"
+                "  fix:  quantise the checkpoint with its experts in the list of those to ignore"
+            ) from error
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]):
         if current_platform.is_cpu():  # a kernel that was made would not be given packed weights

@@ -40,7 +40,7 @@ def _experts(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "tp_size": "1" if kind == "replicated" else None,
         "custom_routing_function": scope.module.help("unpacked_routing"),
         "router_logits_dtype": f"{scope.module.use('torch')}.float32",
-        "routed_experts_cls": scope.module.help("Experts"),
+        "routed_experts_cls": scope.module.help("OwnRoutedExperts"),
         "ckpt_names": None if is_default else literal(names),
         "quant_config": "vllm_config.quant_config",
         "prefix": prefix_of(attr),
