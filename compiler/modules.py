@@ -8,9 +8,10 @@ named by its path; `Plan.tensors` then says what the loader has to rename.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -184,12 +185,13 @@ class _Planner:
             elif _is_layer(node):
                 in_layers |= {str(p.target) for p in _params(node)}
                 placed.layers[node] = take(self.layer_name(node, names, anchor, calls.values()))
+        lists = _lists(calls.values(), placed.layers.values()) if block is self.split.body else ()
         for node, attr in calls.items():
-            placed.calls[node] = take(attr, in_list=block is self.split.body)
+            placed.calls[node] = take(attr, in_list=_parent(attr) in lists)
         for node in block.graph.nodes:
             holders = {n for n in placed.layers if n.target not in WITHOUT_WEIGHTS}
-            if is_param(node) and (set(node.users) - holders):
-                name = str(node.target)
+            name = str(node.target)
+            if is_param(node) and (set(node.users) - holders) and name not in placed.bare:
                 if name in in_layers:
                     raise LoweringError(
                         f"the parameter {names[name]} is used by a layer and outside it",
@@ -227,6 +229,8 @@ class _Planner:
     def call_names(self, block: Block, names: dict[str, str], anchor: str) -> dict[fx.Node, str]:
         """The attribute of each called block: where the checkpoint keeps its parameters."""
         paths = {c: [names[outer] for outer in binding(c).values()] for c in block.calls}
+        if block is self.split.body:
+            paths = {c: _of_one_element(p) for c, p in paths.items()}
         places = {c: self.home(p) for c, p in paths.items()}
         at = Counter(places.values())
 
@@ -244,12 +248,17 @@ class _Planner:
                 matrices = [p for p in all_paths if len(self.program.model.by_path[p].shape) > 1]
                 move(call, self.home(matrices))
         own = {call: _common(all_paths) for call, all_paths in paths.items()}
-        steps = {call: _at_index(places[call], own[call]) for call in paths}
-        uses = Counter(steps.values())
+        steps = {  # a layer whose tensors lie elsewhere is where its parameters are
+            call: _at_index(place, own[call]) or _at_index(_join(anchor, own[call]), own[call])
+            for call, place in places.items()
+        }
+        for call in _crowded(steps):  # several calls for one element: each at its own part of it
+            steps[call] = places[call]
+        crowded = _crowded(steps)
         for call in paths:
             if block is self.split.body:
-                alone = steps[call] if uses[steps[call]] == 1 else None
-                move(call, alone or _join(anchor, identifier(own[call])))
+                step = None if call in crowded else steps[call]
+                move(call, step or _join(anchor, identifier(own[call] or _plain(call))))
             elif clashes(call):
                 move(call, _join(anchor, _plain(call)))
         return {c: _below(place, anchor) or _plain(c) for c, place in places.items()}
@@ -462,6 +471,44 @@ def _below(name: str, anchor: str) -> str | None:
     if not anchor:
         return name
     return name[len(anchor) + 1 :] if name.startswith(f"{anchor}.") else None
+
+
+def _of_one_element(paths: list[str]) -> list[str]:
+    """Of the paths of a layer's parameters and some more, those of the layer: of most of them."""
+    elements = Counter(tuple(p.split(".")[:2]) for p in paths if re.match(r"\w+\.\d+(\.|$)", p))
+    most = [e for e, n in elements.items() if n == max(elements.values())]
+    return [p for p in paths if tuple(p.split(".")[:2]) in most] if len(most) == 1 else paths
+
+
+def _crowded(steps: dict[fx.Node, str | None]) -> set[fx.Node]:
+    """The calls whose place is another call's too, lies in one or holds one; or is none."""
+    at = Counter(step for step in steps.values() if step)
+    inside = Counter(outer for step in at.elements() for outer in _around(step))
+    return {
+        call
+        for call, step in steps.items()
+        if not step or inside[step] > 1 or any(at[outer] for outer in _around(step)[1:])
+    }
+
+
+def _around(place: str) -> list[str]:
+    """A place and those that it lies in."""
+    return [place, *itertools.accumulate(place.split(".")[:-1], _join)]
+
+
+def _lists(calls: Collection[str], layers: Iterable[str]) -> set[str]:
+    """The places that are module lists: calls are all that lies in them, from 0 on."""
+    found: dict[str, set[str]] = {}
+    for attr in calls:
+        found.setdefault(_parent(attr), set()).add(attr)
+    placed = [*calls, *layers]
+    return {
+        place
+        for place, attrs in found.items()
+        if place
+        and attrs == {f"{place}.{i}" for i in range(len(attrs))}
+        and {a for a in placed if a.startswith(f"{place}.")} == attrs
+    }
 
 
 def _common(names: list[str]) -> str:

@@ -23,6 +23,7 @@ from torch import fx
 from compiler.ir import Block, Program, TensorType, binding
 from compiler.names import unique
 from compiler.rewrite import copy_block, is_call, is_param
+from compiler.split import after_unembedding
 from compiler.taken_apart import Made, element_of, is_listed, with_index
 from funcmodels import ops
 from funcmodels.sharding import partition_spec
@@ -247,7 +248,8 @@ def _copy_for_each_use(program: Program, made: Made) -> None:
             bound |= {new: bound[old] for new, old in added[str(call.target)].items()}
         is_root = block is program.root
         added[block.name] = {}
-        for name, uses in _uses(block, program.model).items():
+        apart = after_unembedding(program) if is_root else set()
+        for name, uses in _uses(block, program.model, apart).items():
             if len(uses) < 2:
                 continue
             uses.sort(key=lambda use: not use.is_vocab)
@@ -265,13 +267,15 @@ def _copy_for_each_use(program: Program, made: Made) -> None:
             added[block.name] |= dict.fromkeys(names[1:], name)
 
 
-def _uses(block: Block, model: Model) -> dict[str, list[_Use]]:
+def _uses(block: Block, model: Model, apart: set[fx.Node]) -> dict[str, list[_Use]]:
     """The uses of each parameter, in order. All that plain torch reads is one.
 
-    So are embedding and unembedding where the engine has a layer for a tied vocabulary.
+    So are embedding and unembedding where the engine has a layer for a tied vocabulary. What is
+    computed apart from the rest, with the logits, reads parameters of its own.
     """
     found: dict[str, list[_Use]] = {}
     rest: dict[str, _Use] = {}
+    last: dict[str, _Use] = {}
     vocab: dict[str, _Use] = {}
     for node in block.graph.nodes:
         if node.op == "call_module":
@@ -284,7 +288,9 @@ def _uses(block: Block, model: Model) -> dict[str, list[_Use]]:
                 uses.append(_Use(users=[node]))
                 continue
             by_rows = bool(partition_spec(block.params[name], model.table)[:1] == ("tp",))
-            kind = vocab if is_call(node, *_VOCAB) and by_rows else rest
+            kind = last if node in apart else rest
+            if is_call(node, *_VOCAB) and by_rows:
+                kind = vocab
             if is_call(node, ops.embed) and not by_rows:
                 uses.append(_Use(users=[node], is_vocab=True))
                 continue

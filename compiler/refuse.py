@@ -6,14 +6,16 @@ import functools
 import inspect
 import random
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
-from funcmodels.errors import TraceError
-from funcmodels.source import SourceLine, users_line
+from funcmodels.errors import FuncModelsError, TraceError
+from funcmodels.source import SourceLine, is_users, users_line
 
 _RANDOM = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
@@ -79,6 +81,8 @@ def impure(func: Any, args: tuple, kwargs: dict) -> None:
         )
     if name in _READS_VALUE:
         raise branch_on_value(None, name)
+    if isinstance(func, HigherOrderOperator):
+        raise given_a_function(name, users_line())
     writes = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
     flags = [f for f in ("out", "inplace") if kwargs.get(f) is not None and kwargs[f] is not False]
     if writes or name in _IN_PLACE_DUNDER or flags:
@@ -90,6 +94,36 @@ def impure(func: Any, args: tuple, kwargs: dict) -> None:
             from_=users_line(),
             fix=f"leave {flags[0]}= out, and bind the result" if flags else _out_of_place(name),
         )
+
+
+def given_a_function(name: str, where: SourceLine | None) -> TraceError:
+    return TraceError(
+        f"{name} is given a function, and nothing of that would be recorded",
+        need="functions that the model calls itself",
+        from_=where,
+        fix="over layers, a Python loop: a block is recorded once; over tokens, ops.recurrent or "
+        "ops.attention; for a choice, torch.where",
+    )
+
+
+def say_where(error: Exception) -> None:
+    """Let what went wrong in a user's function name the line, where it does not yet."""
+    where = raised_at(error)
+    if isinstance(error, FuncModelsError):
+        error.say_where(where)
+    elif where is not None and not hasattr(error, "__notes__"):
+        error.add_note(f"  from: {where}, while the model was recorded")
+
+
+def raised_at(error: Exception) -> SourceLine | None:
+    """The innermost line of the user's that an error came through."""
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    lines = [
+        SourceLine(code.co_filename, line, code.co_name)
+        for code, line in frames
+        if is_users(code.co_filename)
+    ]
+    return lines[-1] if lines else None
 
 
 def _switched_off(name: str, args: tuple, kwargs: dict) -> bool:
@@ -148,7 +182,8 @@ def branch_on_value(error: Exception | None, name: str = "if, while or bool()") 
         f"{name} needs the value of a tensor, which is not known when a model is compiled",
         need="Python control flow on static values only: config fields and shapes",
         from_=users_line(),
-        fix="torch.where(condition, a, b), or decide by a config field",
+        fix="torch.where(condition, a, b), or decide by a config field; for i in range(n), and not "
+        "over a tensor",
     )
 
 

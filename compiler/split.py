@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from compiler import layers
 from compiler.ir import Block, Program, copy_node, target_name, tensor_type
+from compiler.passes.parameter_view import view_of
 from compiler.rewrite import is_param
 from funcmodels import ops
 from funcmodels.errors import LoweringError
 from funcmodels.spec import POOLING_TASKS
 
 # What can turn hidden states into logits.
-_HEADS = (layers.logits, ops.unembed, layers.linear, torch.matmul, torch.einsum)
+_HEADS = (layers.logits, ops.unembed, layers.linear, F.linear, torch.matmul, torch.einsum)
 
 
 @dataclass
@@ -65,13 +68,23 @@ def split_at_unembedding(program: Program) -> Split:
     return Split(body, head)
 
 
+def after_unembedding(program: Program) -> set[fx.Node]:
+    """What of a traced program's root will be computed apart, with the logits."""
+    root = program.root
+    if program.model.task in POOLING_TASKS:
+        return set()
+    products = _products(root.results[0], lambda node: view_of(node) is not None)
+    hidden = next((n for p in products for n in p.all_input_nodes if view_of(n) is None), None)
+    if hidden is None:
+        return set()
+    before = _ancestors(hidden) | {hidden}
+    return {n for n in root.graph.nodes if n not in before}
+
+
 def _last_product(result: fx.Node) -> fx.Node:
     """The product with a parameter that is nearest to the result."""
-    order = {n: i for i, n in enumerate(result.graph.nodes)}
-    for node in sorted(_ancestors(result) | {result}, key=order.__getitem__, reverse=True):
-        applied = node.op == "call_function" and node.target in _HEADS
-        if applied and any(is_param(n) for n in node.all_input_nodes):
-            return node
+    for node in _products(result, is_param):
+        return node
     raise LoweringError(
         "forward has no unembedding",
         got="no product of hidden states and a parameter leads to the result",
@@ -79,6 +92,15 @@ def _last_product(result: fx.Node) -> fx.Node:
         from_=result.meta["where"],
         fix="return ops.unembed(x, params['head'])",
     )
+
+
+def _products(result: fx.Node, is_weight: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """Products with weights that lead to the result, the last one first."""
+    order = {n: i for i, n in enumerate(result.graph.nodes)}
+    for node in sorted(_ancestors(result) | {result}, key=order.__getitem__, reverse=True):
+        applied = node.op == "call_function" and node.target in _HEADS
+        if applied and any(map(is_weight, node.all_input_nodes)):
+            yield node
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -222,6 +222,14 @@ class _Tracer(TorchFunctionMode):
             result = fn(*args, **kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
+        except Exception as error:
+            refuse.say_where(error)
+            if type(error).__module__ == "torch._dynamo.exc":  # it tried to compile a function
+                where = refuse.raised_at(error)
+                raise refuse.given_a_function("scan, cond or the like", where) from error
+            if self.refused is not None:  # what came of it says less
+                raise self.refused from error
+            raise
         self._check_branches()
         refuse.drew_numbers(fn, drawn)
         refuse.mutated_tree(fn, before, pytree.tree_leaves((args, kwargs)))

@@ -31,6 +31,12 @@ class FuncModelsError(ValueError):
         self.lines = {"got": got, "need": need, **lines, "from": from_, "fix": fix}
         super().__init__(self._text())
 
+    def say_where(self, where: object) -> None:
+        """Name a line, unless one is named already."""
+        if self.lines["from"] is None:
+            self.lines["from"] = where
+            self.args = (self._text(),)
+
     def _text(self) -> str:
         rows = [(label, value) for label, value in self.lines.items() if value is not None]
         width = max((len(label) for label, _ in rows), default=0) + 1

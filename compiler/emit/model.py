@@ -292,8 +292,11 @@ class _Writer:
     def make_layers(self, container: str, loop: Loop | None) -> list[str]:
         """The lines that make a list of layers, of one class or of several."""
         m = self.module
-        calls = [c for c, a in self.body.placed.calls.items() if a.rpartition(".")[0] == container]
-        classes = [m.class_name(str(c.target)) for c in calls]
+        calls = {
+            a: c for c, a in self.body.placed.calls.items() if a.rpartition(".")[0] == container
+        }
+        in_order = (calls[f"{container}.{i}"] for i in range(len(calls)))
+        classes = [m.class_name(str(c.target)) for c in in_order]
         if len(set(classes)) == 1:
             make = f"lambda prefix: {classes[0]}(vllm_config, prefix=prefix)"
         else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_arg
 
 from compiler.ir import Block, Program, binding
 from compiler.names import unique
@@ -31,6 +32,7 @@ def outline_layers(program: Program) -> Program:
     the steps differ in what flows between them, they stay as they are.
     """
     root = copy_block(program.root)
+    _read_late(root)
     blocks = dict(program.blocks)
     for segments in _runs(root):
         if all(_is_one_call(s) for s in segments):
@@ -53,39 +55,77 @@ def _is_one_call(segment: list[fx.Node]) -> bool:
     )
 
 
+def _read_late(root: Block) -> None:
+    """Let each parameter be read where it is first used, in the step that it belongs to."""
+    order = {n: i for i, n in enumerate(root.graph.nodes)}
+    for node in [n for n in root.graph.nodes if n.op == "get_attr" and n.users]:
+        min(node.users, key=order.__getitem__).prepend(node)
+
+
 def _runs(root: Block) -> list[list[list[fx.Node]]]:
-    """For each list of parameters, its steps: equally long stretches of consecutive nodes."""
+    """For each list of parameters, its steps: stretches of consecutive nodes."""
     nodes = [n for n in root.graph.nodes if n.op != "output"]
     first: dict[Place, int] = {}
     for i, node in enumerate(nodes):
         if (place := _place(node)) is not None:
             first.setdefault(place, i)
-    found = []
+    found: list[list[list[fx.Node]]] = []
     for name in dict.fromkeys(name for name, _ in first):
         starts = [at for (n, _), at in sorted(first.items(), key=lambda kv: kv[1]) if n == name]
         indices = [i for n, i in first if n == name]
-        if len(starts) < 2 or indices != list(range(len(indices))):
+        if len(starts) < 2 or sorted(indices) != list(range(len(indices))):
             continue
-        width = starts[1] - starts[0]
-        if any(b - a != width for a, b in itertools.pairwise(starts)):
-            continue
-        segments = [nodes[s : s + width] for s in starts]
-        places = [{_place(n) for n in s} - {None} for s in segments]
-        kinds = {tuple(n.op for n in s) for s in segments}  # else the last goes on past its layer
-        if len(kinds) == 1 and all(p == {(name, i)} for i, p in enumerate(places)):
+        segments = _segments(nodes, starts)
+        if segments and all(map(_is_of, segments, ((name, i) for i in indices))):
             found.append(segments)
     return found
 
 
+def _segments(nodes: list[fx.Node], starts: list[int]) -> list[list[fx.Node]]:
+    """The nodes from each start to the next; none where it is not clear how far the last goes.
+
+    The last step is as long as an earlier one that does the same.
+    """
+    segments = [nodes[a:b] for a, b in itertools.pairwise(starts)]
+    rest = nodes[starts[-1] :]
+    widths = {len(s) for s in segments}
+    if len(widths) == 1:
+        last = rest[: len(segments[0])]
+        if len({tuple(n.op for n in s) for s in (*segments, last)}) == 1:
+            return [*segments, last]
+    alike = [len(s) for s in segments if _does(rest[: len(s)]) == _does(s)]
+    return [*segments, rest[: max(alike)]] if alike else []
+
+
+def _is_of(segment: list[fx.Node], place: Place) -> bool:
+    """Whether a step is of one element, and of scalars and vectors at that place of other lists."""
+    places = {p for n in segment if (p := _place(n)) is not None}
+    also = {p for n in segment if n.op == "get_attr" and (p := _place(n)) is not None}
+    also = {(name, i) for name, i in also if i == place[1]}
+    return place in places and places - also <= {place}
+
+
+def _does(segment: list[fx.Node]) -> list[Any]:
+    """What the nodes of a step are, whatever it is that they are of."""
+    return [n.target if n.op == "call_function" else n.op for n in segment]
+
+
 def _place(node: fx.Node) -> Place | None:
-    """Which element of which list a node's parameters are of; None where of none or of several."""
+    """Which element of which list a node's parameters are of; None where that is not clear.
+
+    A block that is given a layer's parameters and a scalar of another list is of the layer's list.
+    """
     names: list[str] = []
     if node.op == "get_attr":
         names = [str(node.target)]
     elif node.op == "call_module":
         names = list(binding(node).values())
-    places = {_split(name) for name in names} - {None}
-    return places.pop() if len(places) == 1 else None
+    count = Counter(place for name in names if (place := _split(name)) is not None)
+    lists = {name for name, _ in count}
+    if len(lists) < len(count):  # two elements of one list
+        return None
+    most = [place for place, n in count.items() if n == max(count.values())]
+    return most[0] if len(most) == 1 else None
 
 
 def _split(name: str) -> Place | None:
@@ -109,6 +149,7 @@ def _shape(nodes: list[fx.Node]) -> _Shape:
     inside = {n: i for i, n in enumerate(nodes)}
     inputs: dict[fx.Node, int] = {}
     params: dict[str, str] = {}
+    inner: dict[str, str] = {}
 
     def ref(node: fx.Node) -> Any:
         if node in inside:
@@ -116,33 +157,32 @@ def _shape(nodes: list[fx.Node]) -> _Shape:
         return ("input", inputs.setdefault(node, len(inputs)))
 
     def local(name: str) -> str:
-        place = _split(name)
-        short = name.split(".", 2)[2] if place and name.count(".") > 1 else name.replace(".", "_")
-        if (
-            params.setdefault(short, name) != name
-        ):  # a parameter of the list's and one of the root's
-            short = name.replace(".", "_")
-            params[short] = name
-        return short
+        """A name that says nothing of the index, so that layers are alike."""
+        if name not in inner:
+            head, *rest = name.split(".")
+            below = rest[1:] if _split(name) else rest
+            short = ".".join(below) if below and _split(name) else "_".join([head, *below])
+            if short in params:  # of the list's, and of another list or the root's
+                short = unique("_".join([head, *below]), params)
+            inner[name], params[short] = short, name
+        return inner[name]
 
     key: list[Any] = []
     for node in nodes:
-        args = str(map_aggregate((node.args, node.kwargs), lambda a: a))
         refs = tuple(ref(n) for n in node.all_input_nodes)
         bound = tuple((k, local(v)) for k, v in node.meta.get("binding", {}).items())
         target = local(str(node.target)) if node.op == "get_attr" else node.target
-        static = _without_names(args, node)
+        static = _without_names(node)
         key.append((node.op, target, static, refs, bound))
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]
     key.append(tuple(inside[n] for n in outputs))
     return _Shape(nodes, list(inputs), outputs, params, tuple(key))
 
 
-def _without_names(text: str, node: fx.Node) -> str:
+def _without_names(node: fx.Node) -> str:
     """Arguments as text, with the nodes among them by their order alone."""
-    for i, n in enumerate(node.all_input_nodes):
-        text = text.replace(n.name, f"%{i}")
-    return text
+    order = {n: f"%{i}" for i, n in enumerate(node.all_input_nodes)}
+    return str(map_arg((node.args, node.kwargs), order.__getitem__))
 
 
 def _outlined(root: Block, shape: _Shape, name: str) -> Block:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -332,6 +333,71 @@ def test_no_unembedding(kind):
         source_for_vllm(small(forward))
     assert "unembed" in error.value.what
     assert error.value.lines["fix"]
+
+
+def listed(steps: Callable[..., Any], *layers: dict[str, Any], **params: fm.Param) -> str:
+    """The constructor of a model's body whose forward is `steps` over some layers."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        return ops.unembed(steps(params, x), params["head"])
+
+    source = source_for_vllm(small(forward, {"layers": list(layers), **params}, TABLE))
+    compile(source, "emitted.py", "exec")
+    return source[source.index("class SmallModel(") : source.index("def embed_input_ids")]
+
+
+MLP = {"up": P("mlp hidden"), "down": P("hidden mlp")}
+
+
+@fm.block
+def powered(p, x, power, gain=1.0):
+    return x + gain * (x @ p["up"].T) ** power @ p["down"].T
+
+
+def test_layers_in_another_order():
+    """Each element of the list is of its own class, whichever is called first."""
+
+    def steps(params, x):
+        for i in reversed(range(3)):
+            x = powered(params["layers"][i], x, 3 if i == 0 else 2)
+        return x
+
+    text = listed(steps, *[MLP] * 3)
+    assert re.findall(r"SmallPowered2?(?=,)", text) == ["SmallPowered2", *["SmallPowered"] * 2]
+    assert "self.layers = nn.ModuleList(" in text
+
+
+def test_layers_with_parameters_of_other_lists():
+    """A layer is where most of its parameters are, though some are of another list."""
+
+    def steps(params, x):
+        for i, p in enumerate(params["layers"]):
+            x = powered(p["mlp"], x, 2, params["gains"][i])
+            if i % 2:
+                x = powered(p["more"], x, 3, params["gains"][i])
+        return x
+
+    layers = [{"mlp": MLP, "more": MLP} if i % 2 else {"mlp": MLP} for i in range(4)]
+    gains = fm.axes(layers=4)("layers")
+    text = listed(steps, *layers, gains=gains)
+    assert "make_layers(" in text
+    assert "kinds = (SmallLayer, SmallLayer2) * 2" in text
+
+
+def test_a_module_below_another_ones_place():
+    """What is called with a part of one layer lies beside the other parts, and takes no place."""
+
+    def steps(params, x):
+        first, second = params["layers"]
+        x = powered(first["a"], powered(second["b"], x, 2), 3)
+        return powered(first["b"], powered(second["a"], x, 3), 2)
+
+    layer = {"a": MLP, "b": MLP}
+    text = listed(steps, layer, layer)
+    for name in ("_0.a", "_0.b", "_1.a", "_1.b"):
+        assert f"self.layers.{name} = Small" in text
+    assert text.count("self.layers = ") == 1
 
 
 def test_one_parameter_in_two_places():

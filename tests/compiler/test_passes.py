@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 import funcmodels as fm
 from compiler.comm import Simulated
 from compiler.ir import Program
+from compiler.own_parameters import own_parameters
 from compiler.partition import Partitioned, partition
 from compiler.passes import PIPELINE, run_passes
 from compiler.passes.outline_layers import outline_layers
@@ -299,6 +300,30 @@ def test_outlining_stops_at_the_layers():
     outlined = outline_layers(program)
     verify(outlined)
     equal_on_ranks(partition(program), partition(outlined), 2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_outlining_layers_of_which_some_do_more(turned):
+    """Every other one computes what the next one reads too, and the list may be gone backwards."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        order, h = range(4), x
+        for j, i in enumerate(reversed(order) if turned else order):
+            p = params["layers"][i]
+            if j % 2 == 0:
+                h = gated(p["more"], x, positions)
+            x = gated(p["own"], x + h, positions) * params["gains"][i]
+        return ops.unembed(x, params["head"])
+
+    gains = fm.axes(layers=4)("layers")
+    layers = [{"own": GATED, "more": GATED} for _ in range(4)]
+    model = small(forward, {"layers": layers, "gains": gains}, TABLE)
+    outlined = outline_layers(own_parameters(trace(model)))
+    verify(outlined)
+    kinds = ["layer", "layer_2"] * 2
+    assert [str(call.target) for call in outlined.root.calls] == kinds
+    equal_on_ranks(partition(trace(model)), partition(outlined), 2)
 
 
 def test_layers_that_differ_are_blocks_of_their_own():

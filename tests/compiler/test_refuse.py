@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._higher_order_ops.scan import scan
 from torch.nn.functional import silu
 
 import funcmodels as fm
 from compiler.partition import check_tokens_apart
 from compiler.trace import trace
 from funcmodels import ops
-from funcmodels.errors import LoweringError, TraceError
+from funcmodels.errors import LoweringError, ShapeError, TraceError
 from tests.compiler.programs import axes, evaluated, inputs_of, small, weights_of
 
 P = axes()
@@ -429,6 +430,30 @@ def hides_refusal(p, x, s):
 )
 def test_needs_a_value(body):
     refused(body, "needs the value of a tensor", r"torch.where\(condition, a, b\)")
+
+
+def scans_layers(p, x, s):
+    stacked = torch.stack([layer["w"] for layer in p["layers"]])
+    return scan(lambda c, w: (c * w, c.sum()), x, stacked)[0]
+
+
+def chooses(p, x, s):
+    return torch.cond(p["w"].sum() > 0, lambda y: y * 2, lambda y: -y, (x,))
+
+
+@pytest.mark.parametrize(("body", "line"), [(scans_layers, "return scan"), (chooses, "torch.cond")])
+def test_functions_given_to_torch(body, line):
+    refused(body, "is given a function", "a Python loop", line)
+
+
+def test_errors_without_a_line_are_given_one():
+    """Those of our ops, and torch's own."""
+    with pytest.raises(ShapeError, match="unembed") as error:
+        trace(model_of(lambda p, x, s: x[..., :3]))
+    assert "test_refuse.py" in str(error.value)
+    with pytest.raises(RuntimeError) as other:
+        trace(model_of(lambda p, x, s: x + x @ p["m"].T))
+    assert "test_refuse.py" in other.value.__notes__[0]
 
 
 def branches_on_tokens(p, x, s):

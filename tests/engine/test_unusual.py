@@ -23,12 +23,13 @@ FAULTS = {
     "shared": ("* self.scale", "* (self.scale + 0.1)"),
     "mapped": ("torch.tanh(", "torch.sin("),
     "crossed": (".amax(dim, True)", ".amin(dim, True)"),
+    "turned": ("torch.finfo(torch.float32).eps", "0.5"),
 }
 
 
 def test_a_planted_fault_is_seen(case):
     """Layers in another order; another scale of what is shared; another function of each head; the
-    least for the largest."""
+    least for the largest; another eps."""
     model, folder, want = case
     fault = FAULTS[model.name.removesuffix("ForCausalLM").lower()]
     served = serve_model(model, folder, edit=lambda source: source.replace(*fault))

@@ -295,4 +295,74 @@ crossed = fm.Model(
     sharding=TABLE,
 )
 
-MODELS = {"stacked": stacked, "shared": shared, "mapped": mapping, "crossed": crossed}
+# Turned: from the last layer of a list to its first, of which every other one has keys and values,
+# and one a window; scalars in a list of their own; a vocabulary of two factors, both of them tied
+
+
+@fm.block
+def own_keys(p: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.rms_norm(x, x.shape[-1:])
+    return project(h, p["k"]), project(h, p["v"])
+
+
+@fm.block
+def turned_attention(p: Any, x: Tensor, k: Tensor, v: Tensor, gain: Tensor, segment_ids, window):
+    q = project(F.rms_norm(x, x.shape[-1:]), p["q"])
+    slopes = tuple(2.0 ** -(i + 1) for i in range(4))
+    o = ops.attention(q, k, v, alibi_slopes=slopes, window=window, segment_ids=segment_ids)
+    return x + gain * F.linear(o.flatten(-2), p["o"].flatten(1), p["shift"])
+
+
+@fm.block
+def turned_mlp(p: Any, x: Tensor) -> Tensor:
+    h = F.relu(F.linear(F.rms_norm(x, x.shape[-1:]), p["up"])).square()
+    h = F.rms_norm(h, h.shape[-1:])  # over all ranks
+    return x + F.linear(h, p["down"], p["shift"])
+
+
+def turned_forward(params, tokens, positions, segment_ids=None):
+    x = ops.embed(tokens, params["codes"]) @ params["factor"]
+    kv: Any = None
+    for i in reversed(range(LAYERS)):
+        p = params["layers"][i]
+        kv = own_keys(p["kv"], x) if "kv" in p else kv
+        window = 4 if i == 1 else None
+        x = turned_attention(p["attn"], x, *kv, params["gains"][i], segment_ids, window)
+        x = turned_mlp(p["mlp"], x)
+    return F.rms_norm(x, x.shape[-1:]) @ params["factor"].T @ params["codes"].T
+
+
+def turned_own(i: int) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "attn": {
+            "q": P("heads head_dim hidden"),
+            "o": P("hidden heads head_dim"),
+            "shift": P("hidden"),
+        },
+        "mlp": {"up": P("mlp hidden"), "down": P("hidden mlp"), "shift": P("hidden")},
+    }
+    if i % 2:
+        own["kv"] = {"k": P("kv_heads head_dim hidden"), "v": P("kv_heads head_dim hidden")}
+    return own
+
+
+turned = fm.Model(
+    "TurnedForCausalLM",
+    config={"max_position_embeddings": 256},
+    params={
+        "codes": P("vocab rank"),
+        "factor": P("rank hidden"),
+        "layers": [turned_own(i) for i in range(LAYERS)],
+        "gains": P("layers", init="ones"),
+    },
+    forward=turned_forward,
+    sharding=TABLE,
+)
+
+MODELS = {
+    "stacked": stacked,
+    "shared": shared,
+    "mapped": mapping,
+    "crossed": crossed,
+    "turned": turned,
+}
