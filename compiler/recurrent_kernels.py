@@ -30,6 +30,8 @@ class Kernel:
 
 KERNELS = {
     "short_conv": Kernel("ShortConvKernel", state=(1,), xs=(0,), params=(0, 0)),
+    "delta_rule": Kernel("DeltaRuleKernel", state=(0,), xs=(0,) * 5, params=()),
+    "unit_delta_rule": Kernel("UnitDeltaRuleKernel", state=(0,), xs=(0,) * 5, params=()),
     "ssd": Kernel("StateSpaceKernel", state=(0,), xs=(0, 0, 0, 0), params=(0, 0)),
 }
 

@@ -359,6 +359,58 @@ class StateSpaceKernel:
         cache[places] = states
 
 
+class DeltaRuleKernel:
+    """vLLM's chunked gated delta rule on a CPU, for one token too: q, k, v, g, beta.
+
+    The one for a token takes gates before their functions, and those rounded: a decay near 1 would
+    lose its digits. Queries are scaled by the kernel, which is taken back.
+    """
+
+    unit = False  # whether the kernel takes q and k at length 1
+
+    @classmethod
+    def fits(cls, caches: tuple[torch.Tensor, ...], xs: list, params: list) -> bool:
+        (cache,), (q, k, v, g, beta) = caches, xs
+        narrow = all(t.dtype == torch.bfloat16 for t in (q, k, v, beta))
+        sized = cache.shape[-1] == cache.shape[-2] and cache.shape[-1] in (64, 128)
+        return narrow and sized and cache.dtype == g.dtype == torch.float32
+
+    @classmethod
+    def step(
+        cls, caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
+    ) -> None:
+        starts = torch.arange(batch.num_decodes + 1, dtype=torch.int32)
+        cls.run(caches[0], batch.decodes_int32, starts, xs, results[0])
+
+    @classmethod
+    def prefill(
+        cls, caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
+    ) -> None:
+        places = batch.places[batch.num_decodes :].int()
+        cls.run(caches[0], places, batch.begins, xs, results[0])
+
+    @classmethod
+    def run(
+        cls,
+        cache: torch.Tensor,
+        places: torch.Tensor,
+        starts: torch.Tensor,
+        xs: list,
+        result: torch.Tensor,
+    ) -> None:
+        q, k, v, g, beta = (x.contiguous()[None] for x in xs)
+        y, _ = _custom_ops.chunk_gated_delta_rule_cpu(
+            q, k, v, g, beta, cache, True, starts, False, cls.unit, places, 1e-6
+        )
+        torch.mul(y[0], q.shape[-1] ** 0.5, out=result)
+
+
+class UnitDeltaRuleKernel(DeltaRuleKernel):
+    """The same, of queries and keys at length 1."""
+
+    unit = True
+
+
 def batch_of(metadata: Any) -> BatchedRequests:
     """That of the engine's metadata, which all layers of a kind are given."""
     found = getattr(metadata, "batched_requests", None)

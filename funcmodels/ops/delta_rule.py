@@ -22,19 +22,26 @@ def gated_delta_rule(
     log_decay: Float[Tensor, "*batch seq heads"],
     beta: Float[Tensor, "*batch seq heads"],
     *,
+    scale: float = 1.0,
+    normalise: bool = False,
     segment_ids: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
 ) -> Float[Tensor, "*batch seq heads value"]:
-    """S' = exp(g_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, y_t = S_t^T q_t.
+    """S' = exp(g_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, y_t = scale S_t^T q_t.
 
     The state is kept in float32 (float64 where q is), and so is the arithmetic. Keys are meant to
-    have length 1; scaling and normalising are the caller's.
+    have length 1.
+
+    Served on a CPU, vLLM's kernel takes a call whose q, k, v and beta are bfloat16, with 64 or 128
+    features of keys and of values; the step and the chunked form all others.
 
     Args:
         q, k, v: one head of each for one head of the others.
         log_decay: g, at most 0.
         beta: how much of the memory under a key is replaced, in [0, 1]; up to 2 for the rule that
             may turn it round.
+        scale: of the results, before they are rounded.
+        normalise: take q and k at length 1, x / sqrt(sum x^2 + 1e-6).
         segment_ids: documents of packed rows; the memory begins anew in each.
         remat: compute again within chunks for the backward pass, as `ops.recurrent` does.
     Returns:
@@ -43,22 +50,48 @@ def gated_delta_rule(
         arXiv:2406.06484.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    xs = {"q": q, "k": k, "v": v, "g": log_decay, "beta": beta}
     y = recurrent(
-        step,
+        unit_step if normalise else step,
         memory(q.shape[-2], q.shape[-1], v.shape[-1], wide),
-        {name: x.to(wide) for name, x in xs.items()},
-        chunked=chunked,
+        {"q": q, "k": k, "v": v, "g": log_decay.to(wide), "beta": beta},
+        chunked=unit_chunked if normalise else chunked,
         chunk=CHUNK,
         segment_ids=segment_ids,
         batch_dims=q.ndim - 3,
         remat=remat,
+        kernel="unit_delta_rule" if normalise else "delta_rule",
     )
-    return y.to(v.dtype)
+    return (y if scale == 1.0 else y * scale).to(v.dtype)
+
+
+def unit_step(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """One token, of which q and k are taken at length 1."""
+    return step(carry, normalised(x, carry["S"].dtype))
+
+
+def unit_chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Some tokens at once, of which q and k are taken at length 1."""
+    return chunked(carry, normalised(x, carry["S"].dtype))
+
+
+def normalised(x: Any, dtype: torch.dtype) -> Any:
+    """With q and k of length 1."""
+    return x | {name: unit(x[name].to(dtype)) for name in "qk"}
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1, and no division by zero."""
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
+
+
+def widened(x: Any, dtype: torch.dtype) -> Any:
+    """In the dtype of the state: rounded inputs, exact arithmetic."""
+    return {name: value.to(dtype) for name, value in x.items()}
 
 
 def step(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor]:
     """One token."""
+    x = widened(x, carry["S"].dtype)
     S = carry["S"] * x["g"].exp()[..., None, None]
     held = einsum(x["k"], S, "... h k, ... h k v -> ... h v")
     change = x["beta"][..., None] * (x["v"] - held)
@@ -73,6 +106,7 @@ def chunked(carry: dict[str, Tensor], x: Any) -> tuple[dict[str, Tensor], Tensor
     (I + A) change = beta (v - decayed k S), A_ts = beta_t (k_t . k_s) decay(s to t) for s < t.
     """
     S = carry["S"]
+    x = widened(x, S.dtype)
     q, k, v = (x[name].movedim(-3, -2) for name in "qkv")  # (..., heads, n, key or value)
     g, beta = x["g"].movedim(-1, -2), x["beta"].movedim(-1, -2)[..., None]
     since = g.cumsum(-1).exp()[..., None]  # (..., heads, n, 1)

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from funcmodels.ops.delta_rule import step as delta_step
+from funcmodels.ops.delta_rule import unit_step
 from funcmodels.ops.short_conv import step as conv_step
 from funcmodels.ops.ssd import step as ssd_step
 from tests.engine.harness import run_in_engine
@@ -38,6 +41,21 @@ def ssd_case(dtype: torch.dtype, groups: int, *, skip: bool, drawn: torch.Genera
     return "h", (heads, head_dim, size), torch.float32, [x, dt, B, C], params, names, ("A", "D")
 
 
+def delta_case(size: int, *, unit: bool, drawn: torch.Generator) -> Any:
+    """Keys of length 1, in one case or the other by the kernel."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn((sum(new for _, new in REQUESTS), *shape), generator=drawn)
+
+    heads = 4
+    q, k, v = (random(heads, size) for _ in range(3))
+    q, k = (q, k) if unit else (F.normalize(x, dim=-1) for x in (q, k))
+    beta = random(heads).sigmoid()
+    xs = [*(x.bfloat16() for x in (q, k, v)), -0.3 * random(heads).exp(), beta.bfloat16()]
+    shape = (heads, size, size)
+    return "S", shape, torch.float32, xs, [], ("q", "k", "v", "g", "beta"), ()
+
+
 def errors() -> dict[str, float]:
     """Of each case: the largest error of results and states, relative to the largest value."""
     from compiler import vllm_recurrent as served
@@ -54,6 +72,12 @@ def errors() -> dict[str, float]:
             case = ssd_case(dtype, groups, skip=groups != 2, drawn=drawn)
             what = f"ssd {dtype} groups {groups}"
             found[what] = error_of(served.StateSpaceKernel, ssd_step, served, *case)
+    for size in (64, 128):
+        for unit in (True, False):
+            case = delta_case(size, unit=unit, drawn=drawn)
+            kernel = served.UnitDeltaRuleKernel if unit else served.DeltaRuleKernel
+            step = unit_step if unit else delta_step
+            found[f"delta {size} unit {unit}"] = error_of(kernel, step, served, *case)
     return found
 
 
@@ -70,7 +94,8 @@ def error_of(
     param_names: tuple[str, ...],
 ) -> float:
     drawn = torch.Generator().manual_seed(1)
-    cache = torch.randn((len(REQUESTS) + 4, *shape), generator=drawn).to(state_dtype)
+    pages = torch.randn((len(REQUESTS) + 4, 2, *shape), generator=drawn).to(state_dtype)
+    cache = pages[:, 1]  # as in the engine, where a page holds more than one state
     places = torch.randperm(len(cache), generator=drawn)[: len(REQUESTS)]
     for place, (before, _) in zip(places.tolist(), REQUESTS, strict=True):
         if before == 0:
@@ -104,7 +129,7 @@ def error_of(
                 if x_names is None
                 else {k: v[t] for k, v in zip(x_names, wide, strict=True)}
             )
-            carry, expected[t] = step(carry, x, given)
+            carry, expected[t] = step(carry, x, *([given] if given else []))
         states[place] = carry[held]
 
     def error(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -115,6 +140,6 @@ def error_of(
 
 def test_kernels():
     found = run_in_engine(errors)
-    assert len(found) == len(DTYPES) * (3 * 2 + 3)
+    assert len(found) == len(DTYPES) * (3 * 2 + 3) + 2 * 2
     for what, error in found.items():
         assert error < (1e-5 if "float32" in what else 8e-3), (what, error)  # bfloat16: 2^-7

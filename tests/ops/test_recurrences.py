@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import funcmodels as fm
 from funcmodels import ops
@@ -69,6 +70,13 @@ def test_gated_delta_rule():
     args = (*inputs(), rows(SEQ, HEADS, seed=9).sigmoid())
     y = ops.gated_delta_rule(*args)
     torch.testing.assert_close(y, delta_loop(*args), rtol=0, atol=1e-10)
+
+
+def test_gated_delta_rule_of_keys_at_length_1():
+    q, k, *rest = *inputs(), rows(SEQ, HEADS, seed=9).sigmoid()
+    y = ops.gated_delta_rule(7 * q, 3 * k, *rest, scale=0.3, normalise=True)
+    q, k = (F.normalize(x, dim=-1) for x in (q, k))
+    torch.testing.assert_close(y, 0.3 * delta_loop(q, k, *rest), rtol=0, atol=1e-5)  # eps
 
 
 def test_ssd():
@@ -150,6 +158,7 @@ def test_chunked_forms_are_their_steps():
         < 1e-12
     )
     assert check(delta_rule.step, delta_rule.chunked, memory, of) < 1e-12
+    assert check(delta_rule.unit_step, delta_rule.unit_chunked, memory, of) < 1e-12
     window = fm.state(x="window channels", dtype=torch.float32, channels=5, window=3)
     params = {"weight": rows(5, 4), "bias": rows(5)}
     assert check(short_conv.step, short_conv.chunked, window, rows(20, 5), params=params) < 1e-12
