@@ -418,7 +418,8 @@ def _layout(map_: TensorMap, matrix: layers.Matrix | None) -> str | None:
 def _pattern(axes: tuple[str, ...], layout: str, sides: tuple | None) -> str | None:
     """As above, of some axes: the dims of a matrix's sides, or all in one."""
     groups = [axes] if sides is None else [[axes[d] for d in dims] for dims in sides]
-    want = " ".join(f"({' '.join(s)})" if len(s) > 1 else " ".join(s) for s in groups)
+    # A weight without axes of the result makes one number: a matrix of one row.
+    want = " ".join(f"({' '.join(s)})" if len(s) > 1 else " ".join(s) or "1" for s in groups)
     have = " ".join(layout.split())
     return None if have == want else f"{have} -> {want}"
 

@@ -2,6 +2,7 @@
 
 Of every 96 rows of that axis, those from 0 to 32 are this parameter's. So three parameters lie one
 after another, `heads[0:32/96]`, or in turns, head by head: `heads[0:1/3]`, `heads[1:2/3]`, ...
+Parts of which no axis is a common measure are counted in rows, `(heads head_dim)[0:2048/6144]`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from funcmodels.errors import DeclarationError
 if TYPE_CHECKING:
     from funcmodels.weightmap import TensorMap
 
-_PART = re.compile(r"(\w+)\[(\d+):(\d+)/(\d+)\]")
+_PART = re.compile(r"(\w+|\([\w ]+\))\[(\d+):(\d+)/(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,21 @@ def part_of(layout: str, sizes: Mapping[str, int], path: str, where: object) -> 
     if not found:
         return None
     axis, start, stop, period = found[0][0], *map(int, found[0][1:])
-    width = stop - start
-    if len(found) > 1 or not 0 <= start < stop <= period or sizes.get(axis, width) % width:
+    width, own = stop - start, axis.strip("()").split()
+    size = prod(sizes.get(a, width) for a in own)
+    if len(found) > 1 or not 0 <= start < stop <= period or size % width:
         raise DeclarationError(
             f"the layout of {path} takes no part of a tensor",
-            got=f"{layout}, with {axis}={sizes.get(axis)}",
+            got=f"{layout}, with {axis}={size}",
             need="one axis[start:stop/period], start < stop <= period, and stop - start divides "
             "the axis",
             from_=where,
-            fix=f"{axis}[0:{sizes.get(axis, 1)}/{period}] for the first rows of {period}",
+            fix=f"{axis}[0:{size}/{period}] for the first rows of {period}",
         )
     groups = re.findall(r"\(([^)]*)\)|(\w+)", without_parts(layout))
     dims = [(group or single).split() for group, single in groups]
-    dim = next(i for i, axes in enumerate(dims) if axis in axes)
-    after = dims[dim][dims[dim].index(axis) + 1 :]
+    dim = next(i for i, axes in enumerate(dims) if own[-1] in axes)
+    after = dims[dim][dims[dim].index(own[-1]) + 1 :]
     return Part(start, stop, period, dim, prod(sizes[a] for a in after if a != "1"))
 
 

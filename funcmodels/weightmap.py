@@ -9,6 +9,7 @@ is then spread over several tensors (`experts.{experts}.w1.weight`). Several par
 tensor as parts of one dim, see `funcmodels.parts`:
 
     model.layers.{layers}.self_attn.qkv_proj.weight: (heads[0:32/48] head_dim) hidden
+    model.layers.{layers}.conv1d.weight: (heads head_dim)[0:2048/8192] 1 width
 
 A `1` is a dim of one element, as a convolution's weight of each channel has: `channels 1 width`.
 """

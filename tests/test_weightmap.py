@@ -124,6 +124,7 @@ def qkv(q: str, k: str) -> fm.Model:
 SHARED = {
     "rows": ("(heads[0:6/8] head_dim) hidden", "(kv_heads[6:8/8] head_dim) hidden"),
     "turns": ("(heads[1:4/4] head_dim) hidden", "(kv_heads[0:1/4] head_dim) hidden"),
+    "counted in rows": ("(heads head_dim)[0:18/24] hidden", "(kv_heads head_dim)[18:24/24] hidden"),
     "columns": ("hidden (heads[0:6/8] head_dim)", "hidden (kv_heads[6:8/8] head_dim)"),
 }
 
@@ -166,3 +167,5 @@ def test_parts_that_are_not_the_whole_are_refused(q, k):
 def test_no_part_of_a_tensor():
     with pytest.raises(fm.errors.DeclarationError, match="takes no part of a tensor"):
         qkv("(heads[0:4/8] head_dim) hidden", "(kv_heads[6:8/8] head_dim) hidden")
+    with pytest.raises(fm.errors.DeclarationError, match=r"got: .*\(heads head_dim\)=18\n"):
+        qkv("(heads head_dim)[0:16/22] hidden", "(kv_heads head_dim)[16:22/22] hidden")

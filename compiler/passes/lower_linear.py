@@ -202,7 +202,7 @@ def _lower(block: Block, node: fx.Node, p: Product) -> None:
         placement=placement,
         name=_name(node),
     )
-    if len(out) > 1 or len(batch) > 1:
+    if len(out) != 1 or len(batch) > 1:
         new = _unflat(block, node, new, batch, out, sizes, at if kind == "column" else None, cut)
     if [*batch, *out] != p.result:
         order = [*batch, *out]

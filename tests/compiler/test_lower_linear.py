@@ -101,6 +101,11 @@ FORMS: dict[str, tuple[Any, list[str] | None]] = {
         @ rearrange(p["turned"], "e d h -> (d h) e"), None),
     "for each head": (lambda x, p: (heads(x, p) @ p["small"]).flatten(-2) @ p["ot"].flatten(0, 1),
         ["column", "row"]),
+    "one number": (
+        lambda x, p: einsum(x, p["out"], "... e, e -> ...")[..., None] * x, ["replicated"]),
+    "one number, cut": (
+        lambda x, p: einsum(tanh_up(x, p), p["bias"], "... f, f -> ...")[..., None] * x,
+        ["column", "row_partial"]),
     "used twice": (lambda x, p: (x @ p["up"].T).tanh() @ p["up"], []),
     "used elsewhere": (lambda x, p: tanh_up(x, p) @ p["down"].T + p["down"].sum(-1), ["column"]),
     "bias used elsewhere": (
