@@ -174,7 +174,7 @@ def attention(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | None, 
 
 
 @fm.block
-def mixture(p: Any, x: Tensor, cfg: Config):
+def mixture(p: Any, x: Tensor, cfg: Any):
     """Each token by its k experts: (*batch, seq, hidden) -> the same."""
     logits = einsum(x, p["router"], "... e, x e -> ... x")  # (*batch, seq, experts)
     scores = logits.softmax(-1, dtype=torch.float32)

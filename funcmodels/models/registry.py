@@ -48,6 +48,8 @@ ZOO = {
     "MixtralForCausalLM": "funcmodels.models.mixtral",
     "FmOlmoeForCausalLM": "funcmodels.models.olmoe",
     "OlmoeForCausalLM": "funcmodels.models.olmoe",
+    "FmQwen3NextForCausalLM": "funcmodels.models.qwen3_next",
+    "Qwen3NextForCausalLM": "funcmodels.models.qwen3_next",
     "FmQwen3MoeForCausalLM": "funcmodels.models.qwen3_moe",
     "Qwen3MoeForCausalLM": "funcmodels.models.qwen3_moe",
     "Qwen3ForCausalLM": "funcmodels.models.qwen3",
