@@ -18,7 +18,10 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 class BatchedRequests:
@@ -52,8 +55,23 @@ class BatchedRequests:
         self.begins = metadata.query_start_loc[n : len(lengths) + 1].int() - n
 
 
+class RecurrentBackend(LinearAttentionBackend):
+    """The engine's linear attention, in the one layout of caches that attention on a CPU has.
+
+    So stages agree of which one holds attention and another one does not.
+    """
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        return (KVCacheLayout.LBHNC,) if current_platform.is_cpu() else None
+
+
 class Recurrent(nn.Module, MambaBase):
     """A recurrence: its state lies in the engine's cache, one for each request.
+
+    The engine gives each layer a page for each request, all of one size. So those of one module
+    share one, as the convolutions and the state space of a Mamba-2 layer: to the engine, the first
+    of them is the layer.
 
     Requests of which one token is new take a step together. The prompts of others go through the
     engine's kernel together, or through the chunked form one after the other, or step by step
@@ -81,13 +99,6 @@ class Recurrent(nn.Module, MambaBase):
         kernel: Any = None,
     ) -> None:
         super().__init__()
-        mode = vllm_config.cache_config.mamba_cache_mode
-        if mode != "none":
-            raise ValueError(
-                f"prefix caching keeps no state of {prefix}\n"
-                f"  got:  mamba_cache_mode {mode!r}\n"
-                "  fix:  enable_prefix_caching=False"
-            )
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 f"{prefix} cannot take back tokens: its state has one place a request\n"
@@ -97,18 +108,64 @@ class Recurrent(nn.Module, MambaBase):
         self.step, self.chunked, self.chunk = step, chunked, chunk
         self.kernel = kernel if current_platform.is_cpu() else None
         self.state, self.results, self.prefix = state, results, prefix
-        self.kv_cache = tuple(torch.tensor([]) for _ in state)
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        self.states: list[torch.Tensor] = []
+        self.kv_cache = (torch.tensor([]),)
+        layers = vllm_config.compilation_config.static_forward_context
+        place = prefix.rpartition(".")[0]
+        beside = [
+            layer
+            for name, layer in layers.items()
+            if isinstance(layer, Recurrent) and name.rpartition(".")[0] == place
+        ]
+        self.together: list[Recurrent] = beside[0].together if beside else []
+        self.together.append(self)
+        layers[prefix] = self
         if not hasattr(torch.ops.vllm, "funcmodels_recurrent"):
             direct_register_custom_op(
                 "funcmodels_recurrent", run_recurrent, ["results"], lambda *args: None
             )
 
+    def page(self) -> list[tuple[Any, int, tuple[int, ...], torch.dtype]]:
+        """The states of a module's layers, as they lie in a page: layer, number, shape, dtype.
+
+        The widest dtypes are first, and the page is filled up, so that each can be read in place.
+        """
+        found = [
+            (layer, i, shape, dtype)
+            for layer in self.together
+            for i, (shape, dtype, _) in enumerate(layer.state)
+        ]
+        found.sort(key=lambda row: -row[3].itemsize)
+        left = -sum(prod(shape) * dtype.itemsize for _, _, shape, dtype in found) % 64
+        return found + ([(None, 0, (left,), torch.uint8)] if left else [])
+
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(shape for shape, _, _ in self.state)
+        return tuple(shape for _, _, shape, _ in self.page())
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return tuple(dtype for _, dtype, _ in self.state)
+        return tuple(dtype for _, _, _, dtype in self.page())
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """The page, of the first layer of a module; None of the others."""
+        return super().get_kv_cache_spec(vllm_config) if self is self.together[0] else None
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Give each layer of the module its states: a place in each page.
+
+        What the engine copies where a request goes on from a cached prefix is the page's bytes.
+        """
+        pages, at = kv_cache.squeeze(dim=(1, 2)), 0
+        for layer in self.together:
+            layer.states = [torch.tensor([])] * len(layer.state)
+        for layer, i, shape, dtype in self.page():
+            end = at + prod(shape) * dtype.itemsize
+            if layer is not None:
+                layer.states[i] = pages[:, at:end].view(dtype).view(-1, *shape)
+            at = end
+        self.kv_cache = (pages[:, :at],)
+
+    def get_attn_backend(self) -> type[LinearAttentionBackend]:
+        return RecurrentBackend
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -131,26 +188,26 @@ class Recurrent(nn.Module, MambaBase):
             for result in results:
                 result.zero_()
             return
-        batch = batch_of(metadata[self.prefix])
+        batch = batch_of(metadata[self.together[0].prefix])
         for result in results:
             result[batch.num_tokens :].zero_()
         if batch.new:
-            for cache, (_, _, init) in zip(self.kv_cache, self.state, strict=True):
+            for cache, (_, _, init) in zip(self.states, self.state, strict=True):
                 cache[batch.new] = init
         kernel = self.kernel
-        if kernel is not None and not kernel.fits(self.kv_cache, xs, params):
+        if kernel is not None and not kernel.fits(self.states, xs, params):
             kernel = None
         if n := batch.num_decodes:
             given, out = [x[:n] for x in xs], [result[:n] for result in results]
             if kernel is not None:
-                kernel.step(self.kv_cache, batch, given, params, out)
+                kernel.step(self.states, batch, given, params, out)
             else:
                 self.run_step(batch.decodes, given, params, out)
         if not batch.prompts:
             return
         if kernel is not None:
             given, out = ([t[n : batch.num_tokens] for t in ts] for ts in (xs, results))
-            kernel.prefill(self.kv_cache, batch, given, params, out)
+            kernel.prefill(self.states, batch, given, params, out)
         elif self.chunked is not None:
             for i, (first, last) in enumerate(batch.prompts):
                 self.run_chunks(batch.places[n + i : n + i + 1], first, last, xs, params, results)
@@ -220,10 +277,10 @@ class Recurrent(nn.Module, MambaBase):
 
     def taken(self, places: torch.Tensor) -> list[torch.Tensor]:
         """The states of some requests."""
-        return [cache[places] for cache in self.kv_cache]
+        return [cache[places] for cache in self.states]
 
     def keep(self, places: torch.Tensor, states: Iterable[torch.Tensor]) -> None:
-        for cache, state in zip(self.kv_cache, states, strict=False):
+        for cache, state in zip(self.states, states, strict=False):
             cache[places] = state
 
 
@@ -235,7 +292,7 @@ class ShortConvKernel:
     """
 
     @staticmethod
-    def fits(caches: tuple[torch.Tensor, ...], xs: list, params: list) -> bool:
+    def fits(caches: list[torch.Tensor], xs: list, params: list) -> bool:
         dtype = xs[0].dtype
         known = dtype in (torch.bfloat16, torch.float16, torch.float32)
         return known and all(t.dtype == dtype for t in (*caches, *params))
@@ -246,7 +303,7 @@ class ShortConvKernel:
         return narrow and weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
     @staticmethod
-    def step(caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
+    def step(caches: list, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
         (cache,), (x,), (weight, *bias) = caches, xs, params
         x, bias = x.contiguous(), bias[0] if bias else None
         if not ShortConvKernel.is_fast(weight):
@@ -265,7 +322,7 @@ class ShortConvKernel:
 
     @staticmethod
     def prefill(
-        caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
+        caches: list, batch: BatchedRequests, xs: list, params: list, results: list
     ) -> None:
         (cache,), (x,), (weight, *bias) = caches, xs, params
         bias = bias[0] if bias else None
@@ -309,14 +366,14 @@ class StateSpaceKernel:
     """vLLM's kernels of Mamba-2 on a CPU: x, dt, B, C, (A, D)."""
 
     @staticmethod
-    def fits(caches: tuple[torch.Tensor, ...], xs: list, params: list) -> bool:
+    def fits(caches: list[torch.Tensor], xs: list, params: list) -> bool:
         x, dt, B, C = xs
         known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         wide = all(t.dtype == torch.float32 for t in (*caches, dt, *params))
         return known and wide and B.dtype == C.dtype == x.dtype
 
     @staticmethod
-    def step(caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
+    def step(caches: list, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
         (cache,), (x, dt, B, C), (A, *D) = caches, xs, params
         _custom_ops.selective_state_update_cpu(
             cache,
@@ -339,7 +396,7 @@ class StateSpaceKernel:
 
     @staticmethod
     def prefill(
-        caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
+        caches: list, batch: BatchedRequests, xs: list, params: list, results: list
     ) -> None:
         (cache,), (x, dt, B, C), (A, *D) = caches, xs, params
         places = batch.places[batch.num_decodes :]

@@ -9,7 +9,7 @@ from torch import fx
 from compiler.emit.block import statements
 from compiler.emit.layers import Layer, builds, prefix_of
 from compiler.emit.scope import Module, Scope
-from compiler.emit.text import call, kwargs, literal
+from compiler.emit.text import call, kwargs, literal, wrapped
 from compiler.ir import MODEL_DTYPE, Block, LocalSize
 from compiler.modules import Placed
 from compiler.needs import Exact
@@ -95,16 +95,19 @@ def _tuple(items: list[str]) -> str:
 def state_lines(module: Module, program: Partitioned) -> list[str]:
     """The methods by which vLLM asks how large the states of a model's layers are."""
     kinds = {
-        _kind(program, node)
+        _kind(program, found)
         for block in program.all()
-        for node in block.graph.nodes
-        if node.target is recurrence
+        if (found := [node for node in block.graph.nodes if node.target is recurrence])
     }
     if not kinds:
         return []
-    for name in ("VllmConfig", "torch"):
+    for name in ("VllmConfig", "get_temporal_copy_spec", "torch"):
         module.use(name)
-    rows = [f"            ({shapes}, {dtypes})," for shapes, dtypes in sorted(kinds)]
+    rows = [
+        line
+        for shapes, dtypes in sorted(kinds)
+        for line in wrapped(f"            ({shapes}, {dtypes}),")
+    ]
     return [
         "",
         "    is_hybrid = True",
@@ -112,7 +115,7 @@ def state_lines(module: Module, program: Partitioned) -> list[str]:
         "",
         "    @classmethod",
         "    def recurrent_states(cls, vllm_config: VllmConfig) -> list:",
-        '        """Shapes and dtypes of the states of each kind of layer, on one rank."""',
+        '        """Shapes and dtypes of the states of each kind of module, on one rank."""',
         "        tp_size = vllm_config.parallel_config.tensor_parallel_size",
         "        return [",
         *rows,
@@ -125,21 +128,26 @@ def state_lines(module: Module, program: Partitioned) -> list[str]:
         "    @classmethod",
         "    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple:",
         "        return largest_state(cls.recurrent_states(vllm_config))[1]",
+        "",
+        "    @classmethod",
+        "    def get_mamba_state_copy_funcs(cls, kinds: set) -> dict:",
+        '        """How the engine copies a layer\'s states: as one tensor of bytes."""',
+        "        return dict.fromkeys(kinds, (get_temporal_copy_spec,))",
     ]
 
 
-def _kind(program: Partitioned, node: fx.Node) -> tuple[str, str]:
-    found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+def _kind(program: Partitioned, nodes: list[fx.Node]) -> tuple[str, str]:
+    """The states of a block's recurrences, as text: they share a page of the engine's."""
     exact = Exact(program.needs)
-    shapes = []
-    for (_, slot), at in zip(found.slots, found.placements, strict=True):
-        sizes = [str(n) for n in slot.shape]
-        if isinstance(at, Shard):
-            assert exact.divides(at.axis, at.units)
-            sizes[at.dim] = f"{slot.shape[at.dim]} // tp_size"
-        shapes.append(_tuple(sizes))
-    dtypes = [
-        "vllm_config.model_config.dtype" if slot.dtype is MODEL_DTYPE else str(slot.dtype)
-        for _, slot in found.slots
-    ]
+    shapes, dtypes = [], []
+    for node in nodes:
+        found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
+        for (_, slot), at in zip(found.slots, found.placements, strict=True):
+            sizes = [str(n) for n in slot.shape]
+            if isinstance(at, Shard):
+                assert exact.divides(at.axis, at.units)
+                sizes[at.dim] = f"{slot.shape[at.dim]} // tp_size"
+            shapes.append(_tuple(sizes))
+            own = slot.dtype is MODEL_DTYPE
+            dtypes.append("vllm_config.model_config.dtype" if own else str(slot.dtype))
     return _tuple(shapes), _tuple(dtypes)

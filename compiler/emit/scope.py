@@ -56,6 +56,7 @@ IMPORTS = {
     "ReplicatedLinear": f"{_ROOT}.layers.linear",
     "RowParallelLinear": f"{_ROOT}.layers.linear",
     "MambaBase": f"{_ROOT}.layers.mamba.abstract",
+    "get_temporal_copy_spec": f"{_ROOT}.layers.mamba.mamba_utils",
     "LogitsProcessor": f"{_ROOT}.layers.logits_processor",
     "DispatchPooler": f"{_ROOT}.layers.pooler",
     "PoolerClassify": f"{_ROOT}.layers.pooler.activations",
@@ -81,6 +82,9 @@ IMPORTS = {
     "IntermediateTensors": "vllm.sequence",
     "direct_register_custom_op": "vllm.utils.torch_utils",
     "MambaAttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "LinearAttentionBackend": "vllm.v1.attention.backends.linear_attn",
+    "KVCacheLayout": "vllm.v1.kv_cache_layout",
+    "KVCacheSpec": "vllm.v1.kv_cache_interface",
 }
 # Names that a variable must leave as they are.
 _TAKEN = {*IMPORTS, "enumerate", "range", "self", "zip"}

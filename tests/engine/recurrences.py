@@ -83,6 +83,7 @@ def ssd_params():
         "dt": P("heads hidden"),
         "B": P("key hidden"),
         "C": P("key hidden"),
+        "conv": P("key width"),
         "A": P("heads", init="ones"),
         "D": P("heads", init="ones"),
         "o": P("hidden heads value"),
@@ -91,11 +92,13 @@ def ssd_params():
 
 @fm.block
 def state_space(p, x, segment_ids):
-    """One group: its B and C are whole on every rank, its heads are cut."""
+    """One group: its B and C are whole on every rank, its heads are cut. Two states in a module."""
     h = ops.rms_norm(x, p["norm"], eps=1e-6)
     dt = F.softplus(einsum(h, p["dt"], "... e, h e -> ... h").float())
-    B, C = (einsum(h, p[name], "... e, n e -> ... n").unsqueeze(-2) for name in "BC")
+    B, C = (einsum(h, p[name], "... e, n e -> ... n") for name in "BC")
+    B = ops.short_conv(B, p["conv"], segment_ids=segment_ids)
     y = einsum(h, p["x"], "... e, h d e -> ... h d")
+    B, C = B.unsqueeze(-2), C.unsqueeze(-2)
     y = ops.ssd(y, dt, -p["A"].float(), B, C, D=p["D"], segment_ids=segment_ids)
     return x + einsum(y, p["o"], "... h d, e h d -> ... e")
 

@@ -39,7 +39,7 @@ def many(tmp_path_factory):
     return model, folder, prompts, expected(model, weights, prompts)
 
 
-@pytest.mark.parametrize("budget", [None, 37, 16])
+@pytest.mark.parametrize("budget", [None, 16])
 def test_prompts_of_many_lengths_in_one_batch(many, budget):
     """With a budget, prompts are cut at whatever token is the last that a step has room for."""
     model, folder, prompts, want = many
@@ -59,15 +59,85 @@ def test_compiled(many, tp):
 
 STAGED = ("delta", "linear", "own")
 IN_TURNS = ("conv", "attention", "delta", "attention")  # some are given positions, others are not
+APART = ("conv", "delta", "attention", "attention")
 
 
-@pytest.mark.parametrize(("kinds", "tp"), [(STAGED, 1), (STAGED, 2), (IN_TURNS, 1)])
+@pytest.mark.parametrize(("kinds", "tp"), [(STAGED, 2), (IN_TURNS, 1), (APART, 1)])
 def test_two_stages(kinds, tp, tmp_path):
-    """Each stage has both, or states alone: the engine has one layout of caches for all stages."""
+    """Of states alone, of both, and of one kind each: all stages have the engine's one layout."""
     model = recurrent_model(*kinds)
     weights = saved(model, tmp_path)
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
     check(serve_model(model, tmp_path, tp=tp, **OPTIONS, **stages), expected(model, weights))
+
+
+def states_of(llm):
+    """The engine's tensors of states, one place of each for a request."""
+    layers = [m for m in engine_model(llm).modules() if hasattr(m, "run_chunks")]
+    return [states for layer in layers for states in layer.states]
+
+
+def scheduler_of(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def test_cut_at_every_token(many):
+    """A prompt is cut after each of its tokens in turn, and after each as many again."""
+    model, folder, _, _ = many
+    prompt = torch.randint(256, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    weights = fm.load(model, folder)
+    [(tokens, logprobs)] = expected(model, weights, [prompt], max_tokens=1)
+
+    def run():
+        register(model)
+        llm = make_llm(folder, **OPTIONS)
+        found = []
+        for budget in range(1, len(prompt)):
+            scheduler_of(llm).max_num_scheduled_tokens = budget
+            found += generate(llm, [prompt], max_tokens=1, prompt_logprobs=True)
+        return found
+
+    served = run_in_engine(run)
+    check(served, [(tokens, logprobs)] * len(served))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_request_that_is_preempted_begins_anew(many, cached):
+    """The cache has no room for the last tokens of all. Places that are given up are poisoned.
+
+    With a cache of prefixes, their states in it are kept.
+    """
+    model, folder, *_ = many
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in (60, 61, 62, 63)]
+    want = expected(model, fm.load(model, folder), prompts)
+
+    def run():
+        register(model)
+        llm = make_llm(
+            folder,
+            block_size=32,
+            max_num_seqs=4,
+            num_gpu_blocks_override=22,  # 5 a request and one that is never used; 6 at last
+            enable_prefix_caching=cached,
+        )
+        scheduler = scheduler_of(llm)
+        preempt, preempted = scheduler._preempt_request, []
+
+        def spoil(request, *args, **kwargs):
+            ids = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+            preempted.append(request.request_id)
+            if not cached:
+                for states in states_of(llm):
+                    states[[i for group in ids for i in group]] = torch.nan
+            return preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = spoil
+        return preempted, generate(llm, prompts)
+
+    preempted, served = run_in_engine(run)
+    assert preempted
+    check(served, want)
 
 
 def test_no_state_of_another_request_is_seen(many):
@@ -78,10 +148,9 @@ def test_no_state_of_another_request_is_seen(many):
         register(model)
         llm = make_llm(folder, max_model_len=512, max_num_seqs=4, **OPTIONS)
         poisoned = 0
-        for layer in engine_model(llm).modules():
-            for cache in getattr(layer, "kv_cache", ()) if hasattr(layer, "run_chunks") else ():
-                cache.fill_(torch.nan)
-                poisoned += 1
+        for states in states_of(llm):
+            states.fill_(torch.nan)
+            poisoned += 1
         first = generate(llm, prompts, prompt_logprobs=True)
         engine = llm.llm_engine
         from vllm import SamplingParams
@@ -120,10 +189,57 @@ def test_a_planted_fault_is_seen(many):
         check(served, want)
 
 
+def serve_twice(model, folder, prompts, tp=1, edit=None):
+    """Answers to all prompts, then to the same and to others that begin like them."""
+
+    def run():
+        register(model, edit)
+        llm = make_llm(
+            folder,
+            tp=tp,
+            block_size=32,
+            max_model_len=512,
+            max_num_seqs=4,
+            enable_prefix_caching=True,
+        )
+        return generate(llm, prompts), generate(llm, [*prompts, *others_like(prompts)])
+
+    return run_in_engine(run)
+
+
+def others_like(prompts):
+    return [[*prompt[: len(prompt) - 5], 9, 8, 7] for prompt in prompts if len(prompt) > 40]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_cached_prefix(many, tp):
+    """A request goes on from the states that another has left in the cache."""
+    model, folder, prompts, want = many
+    want = [*want, *expected(model, fm.load(model, folder), others_like(prompts))]
+    first, second = serve_twice(model, folder, prompts, tp)
+    check(first, want[: len(first)])
+    check(second, want)
+    assert not any(answer.num_cached_tokens for answer in first)
+    found = [answer.num_cached_tokens for answer in second]
+    assert found[: len(first)] == [(len(p) - 1) // 32 * 32 for p in prompts]
+    assert any(found[len(first) :]), "no prompt has gone on from a state of another one"
+
+
+def test_a_cached_prefix_without_its_states_is_seen(many):
+    model, folder, prompts, want = many
+
+    def plant(source):
+        assert "pages[:, :at]," in source
+        return source.replace("pages[:, :at],", "pages[:, :0],")
+
+    _, second = serve_twice(model, folder, prompts, edit=plant)
+    with pytest.raises(AssertionError):
+        check(second, want)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_prefix_caching": True}, "prefix caching keeps no state of"),
         (
             {
                 **OPTIONS,
