@@ -155,6 +155,20 @@ def test_a_planted_fault_is_seen(name, fault, tmp_path):
         compare(row, tmp_path, torch.float32, **row.faults[fault])
 
 
+def test_a_planted_fault_of_gradients_is_seen(tmp_path, monkeypatch):
+    """Of gradients alone: the values are the same, to the bit."""
+    row = ROWS["qwen3"]
+    embed = row.zoo.ops.embed
+
+    def faulty(tokens, table):
+        x = embed(tokens, table)
+        return x + 0.01 * (x - x.detach())
+
+    monkeypatch.setattr(row.zoo.ops, "embed", faulty)
+    with pytest.raises(AssertionError, match=r"embed_tokens\.weight"):
+        compare(row, tmp_path, torch.float32)
+
+
 @EVERY_ROW
 def test_tensors_are_written_back_bit_identical(name, tmp_path):
     """What transformers wrote, found by its architecture, loaded and saved again."""
