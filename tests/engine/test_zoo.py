@@ -35,6 +35,9 @@ SERVED = [(name, v) for name, row in ROWS.items() for v in ("", *row.served)]
 OWN = [name for name, row in ROWS.items() if row.vllm]
 LINEARS = [name for name, row in ROWS.items() if row.linears]
 GENERATING = [name for name, row in ROWS.items() if row.model().task == "generate"]
+# What vLLM's own class of a row needs to be right. LFM2's hands the CPU's kernel of ropes three
+# dims, of which it makes other values, without an error: log probabilities are off by up to a nat.
+OWN_SETTINGS = {"lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}}
 PIECES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}  # the longest prompt in three or more
 
 Answer = list[Served] | torch.Tensor  # of a model that generates, and of one that pools
@@ -113,7 +116,7 @@ def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
     for run, prepare in todo.items():
         try:
             path, cls = prepare()
-            settings = own_settings(model) if run.endswith("vllm") else {}
+            settings = own_settings(row, model) if run.endswith("vllm") else {}
             if run == "adapter":
                 settings = LORA | {"adapter": folder.with_name(f"{folder.name}adapter")}
             answers[run] = answer(row, model, path, model_cls=cls, **settings)
@@ -136,10 +139,10 @@ def answer(
     return generate(llm, PROMPTS, prompt_logprobs=True)
 
 
-def own_settings(model: fm.Model) -> dict[str, Any]:
-    """What vLLM's own class must be told of a model that pools."""
+def own_settings(row: Row, model: fm.Model) -> dict[str, Any]:
+    """What vLLM's own class must be told, as of a model that pools."""
     if model.pooling is None:
-        return {}
+        return OWN_SETTINGS.get(row.module, {})
     activation = {"embed": "embed", "classify": "classify"}[model.task]
     pooler = {"seq_pooling_type": model.pooling.upper(), "use_activation": model.normalize}
     return {"runner": "pooling", "convert": activation, "pooler_config": pooler}
