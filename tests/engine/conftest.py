@@ -20,8 +20,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
             if not has_vllm:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+def _group(item: pytest.Item) -> str:
+    """What runs in one process with others: they share engines by file, and in the zoo by model."""
+    params = getattr(item, "callspec", None)
+    name = params.params.get("name", "") if params is not None else ""
+    return f"{item.path.name} {name}"
 
 
 def pytest_collection_finish() -> None:

@@ -31,6 +31,7 @@ checks in 2 to 5 s that a class can be compiled, and runs what was traced eagerl
 """
 
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -50,7 +51,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ def run_in_engine(
     *args: Any,
     compiled: Mode = False,
     env: Mapping[str, str] | None = None,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     **kwargs: Any,
 ) -> T:
     """Call `fn(*args, **kwargs)` in a forked child ready for the engine, and return its result.
@@ -145,7 +146,8 @@ def run_in_engine(
         fn: any callable, closures included. Its result travels by pickle: plain data and tensors.
         compiled: False runs eagerly; True compiles; "trace" traces, and runs the trace eagerly.
         env: environment variables of the child, over `CHILD_ENV`.
-        timeout: seconds, after which the child and its workers are killed.
+        timeout: seconds, after which the child and its workers are killed. It may have to wait for
+            an engine of another test process.
     Raises:
         What `fn` raised, with the child's traceback as a note, or EngineError with its output.
     """
@@ -303,7 +305,21 @@ def _environ(changes: Mapping[str, str]) -> Iterator[None]:
 # --- inside the child ----------------------------------------------------------------------------
 
 _fresh = itertools.count()
+_cores: list[TextIO] = []  # the lock, held from the first engine on
 _alive = []  # engines are never torn down: the child ends in os._exit
+
+
+def _take_cores(ranks: int) -> None:
+    """Wait until the other test processes leave room: an engine of several ranks runs alone.
+
+    Ranks wait for each other by spinning, so two such engines on two cores take many times as long
+    as one after the other. The lock goes with the child and its workers.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is not None:
+        if not _cores:
+            _cores.append((Path(tempfile.gettempdir()) / f"vllm_harness_cores_{run}").open("w"))
+        fcntl.flock(_cores[0], fcntl.LOCK_EX if ranks > 1 else fcntl.LOCK_SH)
 
 
 def make_llm(
@@ -346,7 +362,9 @@ def make_llm(
     }
     if tp > 1:
         defaults["distributed_executor_backend"] = "mp"
-    llm = LLM(model=str(folder), **{**defaults, **llm_kwargs})
+    settings = {**defaults, **llm_kwargs}
+    _take_cores(settings["tensor_parallel_size"] * settings.get("pipeline_parallel_size", 1))
+    llm = LLM(model=str(folder), **settings)
     _alive.append(llm)
     return llm
 
