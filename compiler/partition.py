@@ -109,7 +109,7 @@ class _Partitioner:
         self, block: Block, inputs: tuple[Placement, ...], root: bool = False
     ) -> tuple[Block, tuple[Placement, ...]]:
         """A block for the given placements of its inputs, and those of its results."""
-        key = (block.name, inputs)
+        key = (block, inputs)  # itself: steps of several recurrences may have one name
         if key not in self.done:
             taken = {b.name for b, _ in self.done.values()}
             graph, results = _BlockPartitioner(self, block, inputs, root).run()

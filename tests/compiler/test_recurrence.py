@@ -81,6 +81,37 @@ def test_a_block_is_recorded_once():
     assert len(nodes) == 1
 
 
+def decayed(rate):
+    def step(state, x):
+        S = rate * state["S"] + x
+        return {"S": S}, S
+
+    return step
+
+
+def test_steps_of_one_name_are_several():
+    """Of the same shapes, too: each recurrence keeps its own."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        y = einsum(x, params["v"], "... e, h d e -> ... h d")
+        for rate in (0.5, 0.9):
+            state = fm.state(S="heads value", dtype=y.dtype, heads=2, value=4)
+            y = ops.recurrent(decayed(rate), state, y, segment_ids=segment_ids)
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    model = model_of(None, forward=forward)
+    weights = fm.init(model, seed=0)
+    tokens = torch.arange(12) % 16
+    local = partition(trace(model))
+    for tp in (1, 2):
+        comm = Simulated(tp)
+        parts = local_weights(local, weights, comm)
+        for logits in run(local, parts, tokens, torch.arange(12), comm):
+            want = model.forward(weights, tokens, torch.arange(12))
+            torch.testing.assert_close(logits, want)
+
+
 P = fm.axes(vocab=16, hidden=8, heads=2, value=4)
 
 
@@ -160,6 +191,9 @@ def test_explain_counts_states(tp, tmp_path):
     assert found.to_dict()["state_per_sequence"] == want // tp
     assert "state/sequence" in str(found)
     assert "a sequence, however long" in found.to_html(tmp_path / "page.html").read_text()
+
+
+def test_explain_counts_no_states_where_there_are_none():
     without = fm.explain(recurrent_model("attention"))
     assert without.state_per_sequence == 0
     assert "state/sequence" not in str(without)
