@@ -8,7 +8,8 @@ Checked with: all-MiniLM-L6-v2; tiny random `transformers` models; the configs o
 bge-base. config.json does not say how a sequence becomes one vector: `fm.load_model` reads that
 from modules.json, as sentence-transformers writes it; else add `pooling` to config.json.
 Not supported: a second segment (all tokens are of type 0), BERT's own pooler and heads, which are
-passed over, dropout, cross-attention, quantised checkpoints, activations but GELU.
+passed over, dropout, cross-attention, loading quantised checkpoints (the engine does),
+activations but GELU.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Paper: Gemma 2, arXiv:2408.00118.
 
 Checked with: tiny random `transformers` models for each feature above; the configs of 2B, 9B and
 27B. Published weights were not run.
-Not supported: attention to both sides, quantised checkpoints, attention dropout.
+Not supported: attention to both sides, loading quantised checkpoints (the engine does), attention
+dropout.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Paper: Gemma 3, arXiv:2503.19786.
 
 Checked with: tiny random `transformers` models for each feature above; the configs of 270M, 1B and
 27B (its text model's). Published weights were not run.
-Not supported: images (`Gemma3ForConditionalGeneration`), attention to both sides, quantised
-checkpoints, attention dropout.
+Not supported: images (`Gemma3ForConditionalGeneration`), attention to both sides, loading
+quantised checkpoints (the engine does), attention dropout.
 """
 
 from __future__ import annotations

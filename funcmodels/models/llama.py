@@ -7,8 +7,8 @@ Papers: Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783; SmolLM2, arXiv:250
 
 Checked with: SmolLM2-135M-Instruct; tiny random `transformers` models for each feature above.
 Llama 2, 3, 3.1, 3.2 (text) and 3.3 have these features alone; their weights were not run.
-Not supported: quantised checkpoints, attention dropout, partial rotary embeddings,
-`pretraining_tp` above 1 (it changes the order of summation only), activations but SiLU.
+Not supported: loading quantised checkpoints (the engine does), attention dropout, partial rotary
+embeddings, `pretraining_tp` above 1 (it changes the order of summation only), activations but SiLU.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Paper: Mistral 7B, arXiv:2310.06825.
 
 Checked with: tiny random `transformers` models for each feature above; the configs of Mistral 7B
 v0.1 and v0.3, Nemo and Small 24B. Published weights were not run.
-Not supported: quantised checkpoints, attention dropout, activations but SiLU, Ministral's layers of
-two kinds.
+Not supported: loading quantised checkpoints (the engine does), attention dropout, activations but
+SiLU, Ministral's layers of two kinds.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Papers: Phi-3, arXiv:2404.14219; Phi-4-mini, arXiv:2503.01743; `transformers` mo
 
 Checked with: tiny random `transformers` models for each feature above; the sizes of Phi-3-mini,
 Phi-3-medium and Phi-4-mini.
-Not supported: quantised checkpoints, dropout, rotary scalings but longrope.
+Not supported: loading quantised checkpoints (the engine does), dropout, rotary scalings but
+longrope.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Papers: Qwen2, arXiv:2407.10671; Qwen2.5, arXiv:2412.15115.
 
 Checked with: tiny random `transformers` models for each feature above; the configs of Qwen2.5-0.5B,
 7B and 72B. Published weights were not run.
-Not supported: quantised checkpoints, attention dropout, activations but SiLU.
+Not supported: loading quantised checkpoints (the engine does), attention dropout, activations but
+SiLU.
 """
 
 from __future__ import annotations

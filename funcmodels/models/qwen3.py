@@ -8,7 +8,8 @@ Paper: Qwen3, arXiv:2505.09388.
 
 Checked with: tiny random `transformers` models for each feature above; the configs of 0.6B, 8B
 and 32B. Published weights were not run.
-Not supported: quantised checkpoints, attention dropout, activations but SiLU.
+Not supported: loading quantised checkpoints (the engine does), attention dropout, activations but
+SiLU.
 """
 
 from __future__ import annotations

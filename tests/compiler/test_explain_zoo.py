@@ -71,6 +71,8 @@ def test_memory_of_a_rank_of_gemma_3_27b(tp):
     cached, whole = layers * 2 * kv * hidden, layers * (4 * hidden + 2 * 128) + hidden
     size = "gemma-3-27b-it, text_config"
     assert cut + cached + whole == rows()["gemma3"].published[size].parameters
+    # arXiv:2503.19786, table 1: 25,600M beside the embeddings.
+    assert round((cut + cached + whole - 262208 * hidden) / 1e6) == 25_600
     want = cut // tp + cached // min(tp, 16) + whole
     assert fm.explain(published("gemma3", size), tp=tp).weights == 2 * want
 
