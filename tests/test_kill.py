@@ -6,19 +6,18 @@ Five kills by default; FUNCMODELS_KILLS=50 for the number that the promise is ab
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import funcmodels as fm
+from tests.distributed.ranks import forkserver
 from tests.tiny_llama import tiny
 
 KILLS = int(os.environ.get("FUNCMODELS_KILLS", "5"))
@@ -58,8 +57,7 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kill_at_random_moments(tmp_path):
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch.distributed.checkpoint", "funcmodels.train"])
+    context = forkserver()
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     whole = context.Process(target=run, args=(tmp_path / "whole",))

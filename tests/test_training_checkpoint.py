@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import funcmodels as fm
 from funcmodels import training_storage
+from tests.distributed.ranks import forkserver
 from tests.optim.test_against_torch import assert_same, tensors
 from tests.tiny_llama import tiny, weights_of
 
@@ -181,8 +181,7 @@ def on_ranks(target: Any, size: int, *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "funcmodels.train"])
+    context = forkserver()
     ranks = [context.Process(target=target, args=(rank, size, port, *args)) for rank in range(size)]
     for process in ranks:
         process.start()

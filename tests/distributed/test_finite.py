@@ -69,9 +69,8 @@ SAID = {
 MESHES = ("dp", "fsdp", "tp")
 
 
-def message_of(dim: str, fault: str) -> str:
+def message_of(module: fm.CompiledModel, dim: str, fault: str) -> str:
     """What `fit` says on this rank."""
-    module = fm.compile_to_torch(MODEL, mesh_of(**{dim: 2}))
     weights = fm.init(MODEL, seed=0)
     for path, value in FAULTS[fault].items():
         whole = dict(fm.tree.items(weights))[path]
@@ -88,7 +87,11 @@ def message_of(dim: str, fault: str) -> str:
 
 
 def messages() -> dict[str, dict[str, str]]:
-    return {dim: {fault: message_of(dim, fault) for fault in FAULTS} for dim in MESHES}
+    modules = {dim: fm.compile_to_torch(MODEL, mesh_of(**{dim: 2})) for dim in MESHES}
+    return {
+        dim: {fault: message_of(module, dim, fault) for fault in FAULTS}
+        for dim, module in modules.items()
+    }
 
 
 @pytest.fixture(scope="module")
