@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import funcmodels as fm
-from examples import finetune
+from examples import finetune, parallel_modules, train
 from examples.smollm2 import convert
 from tests.tiny_llama import tiny
 
@@ -95,11 +95,11 @@ def test_train_and_plot(tmp_path):
 
 
 @pytest.mark.slow
-def test_train(tmp_path):
+def test_train(tmp_path, capsys):
     """From nothing, in two runs: the second goes on."""
-    out = str(tmp_path)
-    assert "held-out loss" in script("examples.train", "--steps", "20", "--out", out)
-    said = script("examples.train", "--steps", "60", "--out", out)
+    train.main(20, tmp_path)
+    assert "held-out loss" in capsys.readouterr().out
+    said = script("examples.train", "--steps", "60", "--out", str(tmp_path))
     loss = float(said.partition("held-out loss ")[2].split()[0])
     assert loss < 3.2  # bytes at random have 5.5, and the letters of English without order 2.9
     rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -109,9 +109,10 @@ def test_train(tmp_path):
 
 
 @pytest.mark.slow
-def test_parallel_modules():
+def test_parallel_modules(capsys):
     """The same losses alone and on two ranks, which hold half of all matrices each."""
-    alone = script("examples.parallel_modules")
+    parallel_modules.main()
+    alone = capsys.readouterr().out
     torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "examples.parallel_modules")
     on_two = script("torch.distributed.run", *torchrun)
     losses = [
