@@ -261,5 +261,5 @@ def test_what_a_state_cannot_follow_is_refused(many, options, message):
 
 def test_heads_that_ranks_do_not_divide(many):
     model, *_ = many
-    with pytest.raises(FuncModelsError, match=r"heads|inner"):
+    with pytest.raises(FuncModelsError, match=r"(?s)(heads|inner).*from: .*recurrences\.py:\d+"):
         fm.check(model, tp=3)
