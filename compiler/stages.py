@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from compiler.ir import MODEL_DTYPE, Block, binding, tensor_type
+from compiler.ir import Block, binding
 from compiler.modules import Placed
 from compiler.rewrite import is_call
 from compiler.roll import Loop, roll
@@ -55,12 +55,6 @@ def why_one_stage(body: Block, root: Root) -> str | None:
                 return f"what is made at {where}, before the layers, is used in each or after them"
     if not loop.results:
         return "its layers return nothing"
-    for value in loop.results:
-        if (dtype := tensor_type(value).dtype) != MODEL_DTYPE:
-            where = value.meta.get("where")
-            return (
-                f"{dtype} goes from layer to layer, at {where}, and the engine sends its own dtype"
-            )
     if other := next((c for c in loop.constants if c is not positions), None):
         return f"every layer reads what is made at {other.meta.get('where')}"
     return None

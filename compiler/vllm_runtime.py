@@ -754,6 +754,20 @@ def made_in_time(vllm_config: VllmConfig, make_empty: Callable) -> Callable:
     return make
 
 
+def empty_of(dtypes: dict, hidden_size: int) -> Callable:
+    """What makes the tensors that a stage receives, by name; None is the engine's own dtype."""
+
+    def make(batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+        return IntermediateTensors(
+            {
+                name: torch.zeros((batch_size, hidden_size), dtype=own or dtype, device=device)
+                for name, own in dtypes.items()
+            }
+        )
+
+    return make
+
+
 def own_block(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     """This rank's block of a value that every rank has whole."""
     ranks = get_tensor_model_parallel_world_size()

@@ -306,11 +306,19 @@ class _Writer:
         prefix = f'prefix=f"{{prefix}}.{container}"'
         if self.staged and loop is not None and container == loop.container:
             m.use("make_layers")
-            m.use("make_empty_intermediate_tensors_factory")
             names = [quoted(n) for n in self.carried()]
             sizes = {t.meta["type"].shape[-1] for t in loop.results}
             assert len(sizes) == 1
             hidden = self.hidden(next(iter(sizes)))
+            dtypes = [tensor_type(t).dtype for t in loop.results]
+            if {*dtypes} == {MODEL_DTYPE}:
+                factory = m.use("make_empty_intermediate_tensors_factory")
+                kept = f"[{', '.join(names)}]"
+            else:
+                m.use("torch")
+                factory = m.help("empty_of")
+                own = ("None" if d == MODEL_DTYPE else str(d) for d in dtypes)
+                kept = "{" + ", ".join(map("{}: {}".format, names, own)) + "}"
             return [
                 *kinds,
                 *call(
@@ -319,9 +327,8 @@ class _Writer:
                     8,
                 ),
                 *call(
-                    "self.make_empty_intermediate_tensors = "
-                    "make_empty_intermediate_tensors_factory",
-                    [f"[{', '.join(names)}]", hidden],
+                    f"self.make_empty_intermediate_tensors = {factory}",
+                    [kept, hidden],
                     8,
                 ),
             ]

@@ -11,7 +11,6 @@ from einops import einsum
 
 import funcmodels as fm
 from funcmodels import ops
-from funcmodels.errors import ShardingError
 from tests.engine.tiny import check, distance, expected, serve_model, weights_of
 
 P = fm.axes(vocab=256, hidden=128, heads=4, head_dim=32, mlp=128)
@@ -112,10 +111,20 @@ def test_prompts_as_embeddings_are_refused(wide):
         serve_model(model, folder, dtype="bfloat16", enable_prompt_embeds=True)
 
 
-def test_stages_are_refused():
-    with pytest.raises(ShardingError, match="stages") as error:
-        fm.check(wide_residuals(), pp=2)
-    assert "torch.float32 goes from layer to layer" in str(error.value)
+STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+def test_a_sum_keeps_its_dtype_from_stage_to_stage(wide):
+    """Two stages answer as one does; rounded between them, the sum is another."""
+    model, folder, _ = wide
+    whole = serve_model(model, folder, dtype="bfloat16")
+    want = [(s.tokens, torch.tensor(s.all_logprobs)) for s in whole]
+    check(serve_model(model, folder, dtype="bfloat16", **STAGES), want, 1e-5)
+    edit = ('"hidden_states": torch.float32', '"hidden_states": torch.bfloat16')
+    rounded = serve_model(
+        model, folder, dtype="bfloat16", edit=lambda source: source.replace(*edit), **STAGES
+    )
+    assert distance(rounded, want) > 1e-4
 
 
 def test_attention_to_wider_values_is_refused(tmp_path):
