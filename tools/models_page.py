@@ -50,7 +50,7 @@ checkpoints were run with their own weights, each file's docstring says.
   (`test_equals_the_pure_function`).
 - **vLLM's own**: and those of vLLM's own class (`test_equals_vllms_own_class`).
 - **bfloat16**: and as near to float32 as the pure function in bfloat16 is; of an encoder, a dense
-  model and a mixture (`test_in_bfloat16`).
+  model, a mixture and one with states (`test_in_bfloat16`).
 - **tp, compile**: the same on two tensor-parallel ranks, traced as one graph (`test_on_two_ranks`).
 - **pp**: the same on two pipeline stages (`test_on_two_stages`).
 - **LoRA**: an adapter equals merged weights (`test_an_adapter_equals_merged_weights`).

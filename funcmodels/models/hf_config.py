@@ -386,4 +386,9 @@ def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """Lists as tuples; transformers writes an infinite number as {"__float__": "Infinity"}."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return value

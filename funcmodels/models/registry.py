@@ -67,6 +67,8 @@ ZOO = {
     "Olmo2ForCausalLM": "funcmodels.models.olmo2",
     "FmLfm2ForCausalLM": "funcmodels.models.lfm2",
     "Lfm2ForCausalLM": "funcmodels.models.lfm2",
+    "FmMamba2ForCausalLM": "funcmodels.models.mamba2",
+    "Mamba2ForCausalLM": "funcmodels.models.mamba2",
     "FmPhi3ForCausalLM": "funcmodels.models.phi3",
     "Phi3ForCausalLM": "funcmodels.models.phi3",
     "FmSmolLM3ForCausalLM": "funcmodels.models.smollm3",

@@ -197,9 +197,9 @@ def test_equals_the_pure_function(name, variation, runs):
 NOISE = 1.3
 
 
-@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe", "mamba2"])
 def test_in_bfloat16(name, tmp_path):
-    """An encoder, a dense model and a mixture, as near to float32 as the pure function is.
+    """An encoder, a dense model, a mixture and states, as near to float32 as the pure function is.
 
     The pure function with the same weights in float32 is right, over all prompts and answers. A
     greedy token may be another than its only where it has both nearly alike.

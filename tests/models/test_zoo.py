@@ -42,7 +42,9 @@ def tokens_of(row: Row) -> torch.Tensor:
 def peer_of(row: Row, folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model of a folder; its rotary tables stay in float32, whatever the dtype."""
     kind = getattr(transformers, row.architecture)
-    return kind.from_pretrained(folder, dtype=dtype, attn_implementation=row.peer).eval()
+    peer = kind.from_pretrained(folder, dtype=dtype, attn_implementation=row.peer).eval()
+    row.amend(peer)
+    return peer
 
 
 def loss_of(task: str, result: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -79,7 +81,7 @@ def kept(states: list[torch.Tensor], result: Any) -> Any:
     return result
 
 
-def theirs(module: Any, task: str, tokens: torch.Tensor, folder: Path):
+def theirs(row: Row, module: Any, task: str, tokens: torch.Tensor, folder: Path):
     """The same of transformers; gradients under the checkpoint's names, as it writes weights."""
     out = module(tokens, output_hidden_states=True)
     result = out.last_hidden_state if task == "embed" else out.logits
@@ -90,7 +92,8 @@ def theirs(module: Any, task: str, tokens: torch.Tensor, folder: Path):
         buffer.zero_()
     module.save_pretrained(folder)
     grads = load_file(folder / "model.safetensors")
-    return result.detach(), [h.detach() for h in out.hidden_states[1:-1]], grads
+    states = out.hidden_states[row.embeddings_first : -1]  # the last is normalised
+    return result.detach(), [h.detach() for h in states], grads
 
 
 def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **fault: Any) -> None:
@@ -104,13 +107,13 @@ def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **f
     fm.save(model, weights, folder / "weights")
     tokens = tokens_of(row)
     peer = peer_of(row, folder / "weights", dtype)
-    peer_logits, peer_states, peer_grads = theirs(peer, model.task, tokens, folder / "grads")
+    peer_logits, peer_states, peer_grads = theirs(row, peer, model.task, tokens, folder / "grads")
     model = row.model(variation, **changes, **fault)
     logits, states, grads = ours(row, model, weights, tokens)
     assert logits.dtype == dtype
     assert peer_logits.square().mean() > 0.25, "logits near zero compare nothing"
     assert grads.keys() == read_by(model, peer_grads)
-    assert not row.layer or len(states) == len(peer_states) + 1
+    assert not row.layer or len(states) == len(peer_states) + row.embeddings_first
     pairs = [(logits, peer_logits), *zip(states, peer_states, strict=False)]
     if dtype == torch.float32:
         for mine, peers in pairs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +57,8 @@ class Row:
             the engine serves adapters for them, and all matrices but a vocabulary's and a
             classifier's as int8; "" to leave both out.
         peer: the attention of transformers' model.
+        amend: makes that model compute what its authors' does, where it does not.
+        embeddings_first: whether the first of its hidden states are the embeddings.
         scale: of the weights: see `weights_of`.
         engine_fault: a pattern and its replacement in the emitted source, that must be seen.
         tolerance: of log probabilities from vLLM's own class, where its kernels differ from ours.
@@ -77,6 +79,8 @@ class Row:
     layer: str = "decoder_layer"
     linears: str = ""
     peer: str = "eager"
+    amend: Callable[[Any], None] = lambda peer: None
+    embeddings_first: bool = True
     scale: float = 1.3
     engine_fault: tuple[str, str] = (r"\bscale=([^,]+),", r"scale=1.1 * (\1),")
     tolerance: float = 3e-5
