@@ -5,6 +5,7 @@ activations, and of sums in bfloat16.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import funcmodels as fm
 from tests.engine.custom import custom
-from tests.engine.harness import serve
+from tests.engine.harness import generate, make_llm, run_in_engine, serve
 from tests.engine.test_lora import modules_of
 from tests.engine.test_traps import vllms_layers
-from tests.engine.tiny import PROMPTS, saved, serve_model, tiny_llama
+from tests.engine.tiny import PROMPTS, check, register, saved, serve_model, tiny_llama
+from tests.models.zoo import rows
 
 GROUP = 32  # inputs that share a scale, of four bits
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -119,8 +121,12 @@ DTYPES = dict.fromkeys(("w4a16", "gptq", "awq"), "bfloat16")  # there is no kern
 NEAR = {"w4a16": 0.05, "gptq": 0.05, "awq": 0.05, "int8": 0.05, "float8": 0.15}
 
 
-def quantised(model, weights, folder, scheme):
-    """Write a folder of linears in a scheme; returns the weights that it stands for."""
+def quantised(model, weights, folder, scheme, ignored=None):
+    """Write a folder of linears in a scheme; returns the weights that it stands for.
+
+    Args:
+        ignored: a pattern of more names that are left as they are.
+    """
     write, config = SCHEMES[scheme]
     dtype = getattr(torch, DTYPES.get(scheme, "float32"))
     weights = fm.tree.map(lambda w: w.to(dtype).float(), weights)
@@ -130,12 +136,16 @@ def quantised(model, weights, folder, scheme):
     for name, (path, sizes) in modules_of(model).items():
         if "embed" in name or "head" in name or name == "score":
             continue
+        if ignored and re.match(ignored, name):
+            continue
         stored, value = write(meant[path].reshape(sizes))
         meant[path] = value.reshape(meant[path].shape)
         del tensors[model.tensor_maps[path].names[0]]
         tensors |= {f"{name}.{kind}": part.contiguous() for kind, part in stored.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((folder / "config.json").read_text())
+    if ignored:
+        config = config | {"ignore": [*config["ignore"], f"re:{ignored}"]}
     settings["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(settings))
     return fm.tree.map_with_path(lambda path, _: meant[path], weights)
@@ -165,6 +175,44 @@ def test_equals_vllms_own_class(scheme, tp, tmp_path):
     assert ours == theirs
     rounded, not_rounded = (difference(ours, model, w) for w in (meant, weights))
     assert rounded < min(NEAR[scheme], not_rounded)
+
+
+def test_a_mixture_whose_experts_are_left_out(tmp_path):
+    """Its attention is quantised, and its experts and their router are not."""
+    row = rows()["qwen3_moe"]
+    model = row.model(**row.no_choice)  # rounding would turn a choice
+    weights = row.weights(model)
+    meant = quantised(model, weights, tmp_path, "int8", ignored=r".*\.mlp\.")
+
+    def run():
+        from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+
+        register(model)
+        engines = [make_llm(tmp_path, model_cls=cls) for cls in (None, Qwen3MoeForCausalLM)]
+        return [generate(llm, PROMPTS, prompt_logprobs=True) for llm in engines]
+
+    ours, theirs = run_in_engine(run)
+    check(ours, [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs])
+    rounded, not_rounded = (difference(ours, model, w) for w in (meant, weights))
+    assert rounded < min(NEAR["int8"], not_rounded)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "float8", "w4a16"])
+def test_quantised_experts_are_refused(scheme, tmp_path):
+    """vLLM has kernels for them on a CPU with AMX, or another, and says so in its own words."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has the kernels")
+    model = rows()["qwen3_moe"].model()
+    settings = {**model.hf_config, "architectures": [model.name]}
+    config = SCHEMES[scheme][1] | {"ignore": ["lm_head", r"re:.*\.mlp\.gate"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+
+    def run():
+        register(model)
+        make_llm(tmp_path, load_format="dummy", dtype=DTYPES.get(scheme, "float32"))
+
+    with pytest.raises(ValueError, match=r"no kernel here for the quantised experts.*\n +got: +"):
+        run_in_engine(run)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "w4a16", "gptq"])
