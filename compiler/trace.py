@@ -145,6 +145,9 @@ class _Tracer(TorchFunctionMode):
         self.segments = segments
         self.shapes = ShapeEnv()
         self.fake = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        # An operation is seldom met twice, since a block is recorded once: keys of symbolic shapes
+        # take longer than what a cache would spare, a fifth of the time of a trace.
+        self.fake.cache_enabled = False
         self.scopes: list[_Scope] = []
         self.recorded: dict[Any, _Recorded] = {}
         self.metas: dict[Any, Tensor] = {}

@@ -57,8 +57,9 @@ def test_the_grid_of_deepseek_v3_takes_less_than_a_second():
 def test_explain_of_deepseek_v3_on_64_ranks(monkeypatch, tmp_path):
     """Bytes of a rank follow from the published count; the latents are whole on each."""
     model = deepseek()
-    assert seconds(lambda: fm.explain(model, tp=64)) < 10
+    begun = time.process_time()
     found = fm.explain(model, tp=64)
+    assert time.process_time() - begun < 10
     down = LAYERS * (1536 + 512 + 64) * HIDDEN
     norms = LAYERS * (1536 + 512 + 2 * HIDDEN) + HIDDEN
     whole, biases = down + norms + MIXED * EXPERTS * HIDDEN, MIXED * EXPERTS

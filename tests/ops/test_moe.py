@@ -182,6 +182,7 @@ def test_a_symbolic_number_of_tokens_stays_symbolic():
     assert fake.shape_env.guards == []
 
 
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     w, (x, top, ids) = weights(), tokens(6)

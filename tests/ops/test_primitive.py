@@ -129,6 +129,7 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_compiled_forward_and_autograd(compiled, softcap):
     p, args = weights(), batch(5)
@@ -149,6 +150,7 @@ def test_compiled_gradient_of_any_length_is_compiled_once(compiled):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 
+@pytest.mark.slow
 def test_compiled_transforms_of_gradients(compiled):
     p, args = weights(), batch(5)
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
