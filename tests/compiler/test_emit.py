@@ -179,6 +179,7 @@ def test_is_deterministic(name):
     assert source_for_vllm(MODELS[name]()) == source(name)
 
 
+@pytest.mark.slow
 def test_is_the_same_in_another_process_which_does_not_import_vllm():
     """No order of a set, no id, no hash reaches the text."""
     script = (
@@ -301,6 +302,7 @@ emitted: list[str] = []
 refused: list[tuple[str, str]] = []
 
 
+@pytest.mark.slow
 def test_random_sources(capsys):
     random_sources()
     with capsys.disabled():

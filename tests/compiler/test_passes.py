@@ -261,6 +261,7 @@ def random_pipelines(spec: Spec) -> None:
     assert format_program(run_passes(lowered)) == format_program(lowered)
 
 
+@pytest.mark.slow
 def test_random_pipelines():
     random_pipelines()
 
