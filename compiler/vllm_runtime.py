@@ -336,8 +336,11 @@ class CheckpointNames(WeightsMapper):
                 module = re.sub(r"(\\\.(weight|bias))?\$$", "", pattern.pattern)
                 other = "" if pattern.pattern == f"{module}$" else r"(?!(weight|bias)$)"
                 new = re.sub(r"\.(weight|bias)$", "", new)
-                renamed[re.compile(rf"{module}(?=\.|$)")] = new
-                quantised[re.compile(rf"{module}(?=\.{other})")] = new
+                # Also as a whole, of which each of several in one tensor is a numbered part.
+                whole = re.sub(r"\\#\d+", "", module), re.sub(r"#\d+", "", new)
+                for old, own in ((module, new), whole):
+                    renamed[re.compile(rf"{old}(?=\.|$)")] = own
+                    quantised[re.compile(rf"{old}(?=\.{other})")] = own
         super().__init__(**{**names, "orig_to_new_regex": {**tensors, **quantised}})
         self.modules = ModuleNames(renamed, lora_targets, split or {}, repeated or {})
 

@@ -9,7 +9,7 @@ Paper: ModernBERT, arXiv:2412.13663.
 Checked with: tiny random `transformers` models; the configs of ModernBERT-base and large. Published
 weights were not run. How a sequence becomes one vector: see models/bert.py.
 Not supported: the masked language model's head, which is passed over, dropout, scaled rotary
-embeddings, quantised checkpoints.
+embeddings, loading quantised checkpoints (the engine does).
 """
 
 from __future__ import annotations

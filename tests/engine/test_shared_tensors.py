@@ -4,6 +4,7 @@ The tensors themselves are loaded by every row of tests/models/rows that has som
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def matrices(model, weights):
     """The checkpoint's linears by their modules' names: [out, in]."""
     tensors = dict(stored_tensors_of(model.tensor_maps, dict(fm.tree.items(weights))))
     found = {name.removesuffix(".weight"): t for name, t in tensors.items() if t.dim() == 2}
-    return {name: t for name, t in found.items() if ".layers." in name}
+    return {name: t for name, t in found.items() if re.search(r"\blayers?\.", name)}
 
 
 def with_tensors(model, weights, tensors):
@@ -40,20 +41,22 @@ def with_tensors(model, weights, tensors):
     return fm.tree.map_with_path(value, model.params)
 
 
-def write_adapter(folder, model, weights, leaves):
-    """A PEFT folder for modules that end so; returns the merged weights."""
+def write_adapter(folder, model, weights, chosen):
+    """A PEFT folder that changes the modules `chosen` matches; returns the merged weights."""
     generator, changed, merged = torch.Generator().manual_seed(0), {}, {}
     for name, matrix in matrices(model, weights).items():
-        if name.rpartition(".")[2] in leaves:
+        if re.search(chosen, name):
             out, into = matrix.shape
             a = torch.randn(RANK, into, generator=generator) / into**0.5
             b = torch.randn(out, RANK, generator=generator) / RANK**0.5
             key = f"base_model.model.{name}"
             changed |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
             merged[f"{name}.weight"] = matrix + ALPHA / RANK * (b @ a)
+    assert changed, "nothing was chosen"
+    targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in changed})
     folder.mkdir()
     save_file(changed, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": leaves}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
     return with_tensors(model, weights, merged)
 
@@ -70,7 +73,7 @@ def saved_row(name, folder):
 def test_adapters_of_fused_matrices(tp, tmp_path):
     """Queries, keys and values in one piece each: the layer is changed as a whole."""
     model, weights = saved_row("phi3", tmp_path)
-    merged = write_adapter(tmp_path / "a", model, weights, ["qkv_proj", "gate_up_proj", "o_proj"])
+    merged = write_adapter(tmp_path / "a", model, weights, r"qkv_proj|gate_up_proj|o_proj")
     want = [*expected(model, merged), *expected(model, weights)]
     adapters = [tmp_path / "a"] * len(PROMPTS) + [None] * len(PROMPTS)
     check(serve_adapters(model, tmp_path, PROMPTS * 2, adapters, tp=tp), want)
@@ -79,7 +82,7 @@ def test_adapters_of_fused_matrices(tp, tmp_path):
 def test_adapters_of_matrices_in_turns_are_refused(tmp_path):
     """Their rows are those of the checkpoint, which are not the layer's."""
     model, weights = saved_row("gpt_neox", tmp_path)
-    write_adapter(tmp_path / "a", model, weights, ["query_key_value"])
+    write_adapter(tmp_path / "a", model, weights, "query_key_value")
     name = "gpt_neox.layers.0.attention.query_key_value"
     with pytest.raises(ValueError, match=f"this model has no {name} that an adapter could change"):
         serve_adapters(model, tmp_path, PROMPTS, [tmp_path / "a"] * 3)

@@ -23,9 +23,8 @@ import funcmodels as fm
 from compiler.vllm_target import load_source
 from tests.engine.harness import Served, generate, make_llm, run_in_engine
 from tests.engine.test_lora import OPTIONS as LORA
-from tests.engine.test_lora import write_adapter
 from tests.engine.test_pooling import ask, wanted
-from tests.engine.test_quantised import quantised
+from tests.engine.test_shared_tensors import quantised, write_adapter
 from tests.engine.test_spawned import add_tokenizer
 from tests.engine.tiny import PROMPTS, Expected, check, distance, expected, register
 from tests.models.zoo import Row, rows
@@ -73,6 +72,7 @@ class Runs:
         merged = write_adapter(self.folder / f"{name}-adapter", model, weights, row.linears)
         self.wanted[f"{name}-adapter"] = oracle(model)(model, merged)
         folder = self.folder / f"{name}-int8"
+        fm.save(model, weights, folder)
         quantised(model, weights, folder, "int8")
         add_tokenizer(folder)
 

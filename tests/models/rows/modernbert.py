@@ -99,4 +99,5 @@ ROW = Row(
     served=("biases",),
     vllm="modernbert:ModernBertModel",
     layer="encoder_layer",
+    linears=r"Wqkv|Wi|Wo",
 )
