@@ -22,8 +22,8 @@ from compiler import collectives, layers
 from compiler.check import padded
 from compiler.emit.block import is_part, statement
 from compiler.emit.layers import BUILDERS, Layer
-from compiler.emit.model import module_of
 from compiler.emit.scope import Scope
+from compiler.emit.whole import module_of
 from compiler.explain.records import BlockView, Collective, Parameter, Stage, Step, Work
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Sym, TensorType, binding, target_name
 from compiler.latent_cache import cached_of_latent
