@@ -63,6 +63,8 @@ ZOO = {
     "GPTNeoXForCausalLM": "funcmodels.models.gpt_neox",
     "FmGraniteForCausalLM": "funcmodels.models.granite",
     "GraniteForCausalLM": "funcmodels.models.granite",
+    "FmGraniteMoeHybridForCausalLM": "funcmodels.models.granite_moe_hybrid",
+    "GraniteMoeHybridForCausalLM": "funcmodels.models.granite_moe_hybrid",
     "FmOlmo2ForCausalLM": "funcmodels.models.olmo2",
     "Olmo2ForCausalLM": "funcmodels.models.olmo2",
     "FmLfm2ForCausalLM": "funcmodels.models.lfm2",
