@@ -143,6 +143,28 @@ LFM2 = {  # the published sizes of LFM2-350M, but half its layers and half its v
     "conv_dim": 1024,
     "conv_dim_out": 1024,
 }
+MAMBA2 = {  # the published sizes of Mamba-2 130M, but half its layers, fewer words
+    "architectures": ["Mamba2ForCausalLM"],
+    "model_type": "mamba2",
+    "vocab_size": 32_768,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_heads": 24,
+    "head_dim": 64,
+    "expand": 2,
+    "state_size": 128,
+    "n_groups": 1,
+    "conv_kernel": 4,
+    "chunk_size": 256,
+    "hidden_act": "silu",
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": False,
+    "rms_norm": True,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
 SHAPES = {
     "smollm2": Shape("SmolLM2-135M", "vLLM Llama", tps=(1,)),
     "qwen3": Shape("Qwen3 of 147M", "vLLM Qwen3", QWEN3),
@@ -151,4 +173,5 @@ SHAPES = {
 }
 RECURRENT = {
     "lfm2": Shape("LFM2 of 178M", "vLLM Lfm2", LFM2, backend=False),
+    "mamba2": Shape("Mamba-2 of 70M", "vLLM Mamba2", MAMBA2, backend=False),
 }
