@@ -82,8 +82,10 @@ class CompiledModel(nn.Module):
             check_needs(model, program.needs, self.ranks.tp.size)
             placements = param_placements(program)
         self.layout = None if self.ranks is None else Layout(model, self.ranks, placements)
+        self.held: dict[str, tuple[int, ...]] = {}
         for path, param in model.by_path.items():
             shape = param.shape if self.layout is None else self.layout.place(path).size
+            self.held[path] = tuple(shape)
             put_parameter(self, path, torch.empty(shape, dtype=param.dtype, device="meta"))
 
     def program(
@@ -200,6 +202,7 @@ class CompiledModel(nn.Module):
         if self.ranks is None:
             return forward(weights, tokens, positions, segment_ids)
         local = dict(tree.items(weights))
+        self._check_parts(local)
         if self.ranks.dp is not None:
             local = summed_late(self.ranks.dp, local)
         if self.ranks.tp is None and self.ranks.fsdp is None:
@@ -233,6 +236,19 @@ class CompiledModel(nn.Module):
             self._check_divides(tokens)
         _link(self, batched, segments, dtype, tokens.device, losses)
         return self.linked[batched, segments, dtype, tokens.device, losses]
+
+    def _check_parts(self, local: dict[str, Tensor]) -> None:
+        """Weights are this process's parts: whole ones would be taken for parts of larger ones."""
+        for path, held in self.held.items():
+            got = tuple(local[path].shape)
+            if got != held:
+                whole = tuple(self.model.by_path[path].shape)
+                raise ShapeError(
+                    f"{path} is not the part of it that this process holds",
+                    got=f"{got}{', the whole parameter' * (got == whole)}",
+                    need=f"{held}, of {whole}",
+                    fix="weights = module.load(weights).weights()",
+                )
 
     def _check_divides(self, tokens: Tensor) -> None:
         """The tokens of a sequence can be cut over the tp ranks."""

@@ -156,6 +156,23 @@ def test_three_dims_of_tokens_are_refused_on_a_mesh():
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("dim", ["tp", "fsdp"])
+def test_whole_weights_are_no_parts(dim: str):
+    """As of `fm.init`: of fsdp, they would be gathered to wrong ones."""
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(dim,))
+        module = fm.compile_to_torch(tiny(), mesh)
+        weights, tokens = fm.init(tiny(), seed=0), torch.arange(6)
+        with pytest.raises(ShapeError, match=r"not the part[^~]*the whole parameter[^~]*load"):
+            module.pure(weights, tokens, tokens)
+        with pytest.raises(ShapeError, match="not the part"):
+            module.loss(weights, {"tokens": tokens[None]})
+        module.pure(module.load(weights).weights(), tokens, tokens)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_process_group_goes_with_its_module():
     """One left in a reference cycle would keep its threads while the process ends."""
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
