@@ -15,7 +15,7 @@ demo: setup ## the whole way on SmolLM2-135M: inspect, compile, serve, compare, 
 	@$(PY) -m examples.demo
 
 test: lint quick ## lint and the full test suite, real engine included
-	$(PY) -m pytest -m slow --ignore=tests/engine
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow --ignore=tests/engine
 	# Alone: the engine's processes are forked from here, and what other modules import comes along.
 	$(PY) -m pytest -n 2 --dist loadgroup tests/engine
 
