@@ -189,8 +189,10 @@ class Recurrent(nn.Module, MambaBase):
                 result.zero_()
             return
         batch = batch_of(metadata[self.together[0].prefix])
-        for result in results:
-            result[batch.num_tokens :].zero_()
+        count = xs[0].shape[0]
+        if batch.num_tokens < count:  # the engine fills some batches up
+            for result in results:
+                result[batch.num_tokens :].zero_()
         if batch.new:
             for cache, (_, _, init) in zip(self.states, self.state, strict=True):
                 cache[batch.new] = init
@@ -198,7 +200,7 @@ class Recurrent(nn.Module, MambaBase):
         if kernel is not None and not kernel.fits(self.states, xs, params):
             kernel = None
         if n := batch.num_decodes:
-            given, out = [x[:n] for x in xs], [result[:n] for result in results]
+            given, out = (ts if n == count else [t[:n] for t in ts] for ts in (xs, results))
             if kernel is not None:
                 kernel.step(self.states, batch, given, params, out)
             else:
@@ -306,7 +308,8 @@ class ShortConvKernel:
     def step(caches: list, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
         (cache,), (x,), (weight, *bias) = caches, xs, params
         x, bias = x.contiguous(), bias[0] if bias else None
-        if not ShortConvKernel.is_fast(weight):
+        # What the fast one wants to be laid out anew takes 30 us, whatever the size.
+        if not ShortConvKernel.is_fast(weight) or x.numel() <= 8192:
             places = batch.decodes_int32
             y = _custom_ops.causal_conv1d_update_cpu_vec(
                 x, cache.transpose(1, 2), weight.contiguous(), bias, None, places, None, -1

@@ -23,7 +23,8 @@ def conv_case(dtype: torch.dtype, width: int, *, bias: bool, drawn: torch.Genera
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=drawn).to(dtype)
 
-    n, channels = sum(new for _, new in REQUESTS), 64
+    # Of one token each, 3 x 64 values go one way, and 3 x 3072 the other.
+    n, channels = sum(new for _, new in REQUESTS), 64 if bias else 3072
     params = [random(channels, width)] + ([random(channels)] if bias else [])
     names = ("weight", "bias")
     return "x", (width - 1, channels), dtype, [random(n, channels)], params, None, names
