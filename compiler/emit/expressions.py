@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from compiler import collectives
@@ -142,11 +143,24 @@ def _swiglu(scope: Scope, node: fx.Node) -> str:
     return f"F.silu({gate}) * {up}"
 
 
+@special(F.gelu)
+def _gelu(scope: Scope, node: fx.Node) -> str:
+    approximate: Any = node.kwargs.get("approximate", "none")
+    return _gelu_of(scope, scope.value(node.args[0]), approximate)
+
+
+def _gelu_of(scope: Scope, x: str, approximate: str) -> str:
+    if approximate == "tanh":
+        return f"{scope.module.help('gelu_tanh')}({x})"
+    scope.module.use("F")
+    return f"F.gelu({x})"
+
+
 @special(ops.geglu)
 def _geglu(scope: Scope, node: fx.Node) -> str:
-    scope.module.use("F")
     gate, up = (scope.value(a) for a in node.args)
-    return f"F.gelu({gate}, approximate={scope.value(node.kwargs['approximate'])}) * {up}"
+    approximate: Any = node.kwargs["approximate"]
+    return f"{_gelu_of(scope, gate, approximate)} * {up}"
 
 
 @special(ops.rms_norm)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.engine.harness import run_in_engine
 
@@ -55,7 +57,24 @@ def differences() -> dict[str, float]:
                 x = random(5, 48, dtype=dtype)
                 what = f"{type(gate).__name__} {getattr(gate, 'approximate', '')} {dtype}"
                 found[what] = difference(gate.forward_cpu(x), gate.forward_native(x))
+    found |= compiled_gelu_errors()
     return found
+
+
+def compiled_gelu_errors() -> dict[str, float]:
+    """Of what gelu_tanh is when it is compiled: the largest error, in units of the last place."""
+    from compiler import vllm_runtime as fast
+
+    errors = {}
+    for dtype in DTYPES:
+        x = torch.linspace(-6, 12, 4001).to(dtype)
+        exact = F.gelu(x.double(), approximate="tanh")
+        with patch("torch.compiler.is_compiling", lambda: True):
+            one = fast.gelu_tanh(x)
+        assert one.dtype == dtype
+        place = torch.finfo(dtype).eps * exact.abs().clamp(min=2**-6)
+        errors[f"compiled gelu {dtype}"] = float(((one.double() - exact).abs() / place).max())
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +84,6 @@ def found() -> dict[str, float]:
 
 def test_norms_and_gates(found: dict[str, float]):
     """Sums are taken in another order: the last place may differ, in float32 a few."""
-    assert len(found) == len(DTYPES) * (2 * 2 * 3 + 3)
+    assert len(found) == len(DTYPES) * (2 * 2 * 3 + 3 + 1)
     for what, difference in found.items():
         assert difference <= (8 if "float32" in what else 2), what
