@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from compiler import collectives
-from compiler.ir import TensorType
+from compiler.ir import TensorType, target_name
 from compiler.passes.lower_linear import why_no_linear
 from compiler.placement import Shard
 from compiler.rewrite import is_call, is_param
@@ -45,6 +45,8 @@ def why_plain(node: fx.Node, gathered: Collection[SourceLine]) -> str:
         return why_plain_product(node)
     if node.target in (ops.rms_norm, ops.layer_norm):
         return "its weight is computed, and a norm of vLLM's holds a parameter"
+    if node.target in (F.rms_norm, F.layer_norm):
+        return f"vLLM's layer is for ops.{target_name(node.target)[2:]}, with a weight and an eps"
     if node.meta["where"] in gathered:
         return "it has no sharding rule for a cut dim, so every rank does all of it"
     return "vLLM has no layer for it"

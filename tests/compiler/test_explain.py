@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import einsum
 from hypothesis import given, settings
 
@@ -191,7 +192,7 @@ def odd_forward(p: Any, tokens: Any, positions: Any, segment_ids: Any = None) ->
     h = torch.relu(x @ w.T)
     h = torch.sort(h, dim=-1)[0]  # over a cut dim, without a rule for that
     x = x * p["gate"] + h @ p["down"].T
-    return ops.unembed(x, p["head"])
+    return ops.unembed(F.rms_norm(x, (16,)), p["head"])
 
 
 ODD_MODEL = fm.Model(
@@ -212,6 +213,8 @@ def test_what_is_left_to_torch_names_line_and_reason():
         "it has no sharding rule for a cut dim, so every rank does all of it"
     ]
     assert set(why("x = x * p")) == {"vLLM has no layer for it"}
+    (norm,) = {step.why for _, step in found.plain if "F.rms_norm" in step.text}
+    assert norm == "vLLM's layer is for ops.rms_norm, with a weight and an eps"
     products = {step.text.split(" =")[0] for _, step in found.plain if step.is_product}
     assert products == {"mixed", "w", "h"}
     gather = next(s for _, s in found.collectives if s.kind == "collective")
