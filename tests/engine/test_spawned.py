@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -193,8 +194,8 @@ def add_tokenizer(folder, size=256):
     fast.save_pretrained(folder)
 
 
-def complete(folder, log, prompt, **env):
-    """Start vLLM's server on a folder, ask for a completion, and stop it."""
+def complete(folder, log, prompts, *options, **env):
+    """Start vLLM's server on a folder, ask for completions, and stop it; texts and metrics."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -205,12 +206,13 @@ def complete(folder, log, prompt, **env):
         *("--port", str(port), "--host", "127.0.0.1"),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(32 << 20)),
+        *options,
     ]
     with log.open("w") as out:
         server = subprocess.Popen(
             command, env=environment(**env), stdout=out, stderr=out, start_new_session=True
         )
-    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": prompts, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         data=json.dumps({**body, "model": str(folder)}).encode(),
@@ -221,7 +223,9 @@ def complete(folder, log, prompt, **env):
         while time.monotonic() < deadline and server.poll() is None:
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.load(answer)["choices"][0]["text"]
+                    texts = [choice["text"] for choice in json.load(answer)["choices"]]
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as metrics:
+                    return texts, metrics.read().decode()
             except OSError:  # not listening yet
                 time.sleep(0.5)
         raise AssertionError(log.read_text()[-5000:])
@@ -233,13 +237,18 @@ def complete(folder, log, prompt, **env):
 
 @needs_plugin
 def test_vllm_serve_answers_from_a_folder_of_the_zoo(tmp_path):
-    """Nothing is registered: the plugin knows the zoo."""
+    """Nothing is registered: the plugin knows the zoo. Two engines share the requests."""
     model = tiny_llama()
     weights = saved(model, tmp_path / "out")
     add_tokenizer(tmp_path / "out")
-    text = complete(tmp_path / "out", tmp_path / "log", PROMPTS[0])
-    [want, *_] = tokens_of(model, weights)
-    assert text.split() == [f"w{t}" for t in want]
+    prompts = PROMPTS[:2] * 2
+    parallel = ("--data-parallel-size", "2")
+    texts, metrics = complete(tmp_path / "out", tmp_path / "log", prompts, *parallel)
+    wants = tokens_of(model, weights)[:2] * 2
+    assert [text.split() for text in texts] == [[f"w{t}" for t in want] for want in wants]
+    for engine in "01":
+        [made] = re.findall(rf'vllm:generation_tokens_total{{engine="{engine}".*}} (\S+)', metrics)
+        assert float(made) > 0
     assert "Resolved architecture: FmLlamaForCausalLM" in (tmp_path / "log").read_text()
 
 
@@ -261,7 +270,7 @@ def test_persisted_for_processes_that_others_start(tmp_path):
         FUNCMODELS_CACHE=tmp_path / "cache",
     )
     assert (tmp_path / "cache" / "served" / "registered.json").exists()
-    text = complete(
+    [text], _ = complete(
         tmp_path / "out", tmp_path / "log", PROMPTS[0], FUNCMODELS_CACHE=tmp_path / "cache"
     )
     [want, *_] = tokens_of(model, weights)
