@@ -140,13 +140,35 @@ def _of_all(value: Any) -> list[Any]:
     return every
 
 
+def refuse_own(loss: float) -> None:
+    """Refuse a loss that is a mean over this process's rows alone.
+
+    Raises:
+        TrainingError: the processes have different losses, so none has that of all rows.
+    """
+    every = _of_all(loss)
+    if all(map(math.isfinite, every)) and max(every) - min(every) > 1e-5 * max(map(abs, every)):
+        raise TrainingError(
+            "each process has a loss of its own",
+            got=", ".join(f"{value:.6g}" for value in every[:5]),
+            need="the mean over all processes; of means over their own rows, the gradients are "
+            "as many times too large as there are processes",
+            fix="loss=lambda module, weights, batch: module.mean(losses, mask), of each token",
+        )
+
+
 def norm_over(module: CompiledModel) -> Callable[[Any, Tensor], Tensor]:
     """The norm of gradients that lie in parts, and some of them on several processes."""
     if not dist.is_initialized():
         return lambda grads, _: global_norm(grads)
     held = holders(module)
+    is_first = True
 
     def norm(grads: Any, loss: Tensor) -> Tensor:
+        nonlocal is_first
+        if is_first:
+            refuse_own(float(loss))
+        is_first = False
         # Not finite on one process is so on all, which then look for the reason together.
         return sum_of_squares(grads, held, 0 * loss.detach().to(torch.float64)).sqrt()
 

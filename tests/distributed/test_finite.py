@@ -86,12 +86,24 @@ def message_of(module: fm.CompiledModel, dim: str, fault: str) -> str:
     return str(error.value)
 
 
+def own_loss(module: fm.CompiledModel) -> str:
+    """What `fit` says of a mean over the rows of each process."""
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])[torch.distributed.get_rank()]
+    with pytest.raises(fm.errors.TrainingError) as error:
+        fm.fit(module, module.load(fm.init(MODEL, seed=0)).weights(), [{"tokens": tokens[None]}],
+               steps=2, optimizer=fm.optim.sgd(0.1), progress=False,
+               loss=lambda m, w, b: m.pure(w, b["tokens"], torch.arange(4)[None]).square().mean(),
+        )  # fmt: skip
+    return str(error.value)
+
+
 def messages() -> dict[str, dict[str, str]]:
     modules = {dim: fm.compile_to_torch(MODEL, mesh_of(**{dim: 2})) for dim in MESHES}
-    return {
+    found = {
         dim: {fault: message_of(module, dim, fault) for fault in FAULTS}
         for dim, module in modules.items()
     }
+    return {**found, "own loss": {dim: own_loss(modules[dim]) for dim in ("dp", "fsdp")}}
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +120,11 @@ def test_what_is_not_finite_is_named(dim: str, on_two: list[Any]):
             message = found[dim][fault]
             assert said.format(both=BOTH, special=special) in message, message
             assert ("test_finite.py:" in message) == ("a block" in fault)
+
+
+@pytest.mark.slow
+def test_a_loss_of_ones_own_rows_is_refused(on_two: list[Any]):
+    for found in on_two:
+        for message in found["own loss"].values():
+            assert "each process has a loss of its own" in message
+            assert "module.mean(losses, mask)" in message

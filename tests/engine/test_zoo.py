@@ -150,7 +150,7 @@ def own_settings(row: Row, model: fm.Model) -> dict[str, Any]:
 
 def own_class(row: Row) -> type:
     """vLLM's. A class, not its name, which would be inspected in a process of its own."""
-    module, _, name = str(row.vllm).partition(":")
+    module, _, name = str(row.vllm or row.narrow_vllm).partition(":")
     return getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
 
 
@@ -197,12 +197,13 @@ def test_equals_the_pure_function(name, variation, runs):
 NOISE = 1.3
 
 
-@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe", "mamba2"])
+@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe", "mamba2", "qwen3_next"])
 def test_in_bfloat16(name, tmp_path):
     """An encoder, a dense model, a mixture and states, as near to float32 as the pure function is.
 
     The pure function with the same weights in float32 is right, over all prompts and answers. A
-    greedy token may be another than its only where it has both nearly alike.
+    greedy token may be another than its only where it has both nearly alike. So is vLLM's own class
+    where that takes bfloat16 alone.
     """
     row = ROWS[name]
     model = row.model(**row.no_choice)
@@ -212,13 +213,14 @@ def test_in_bfloat16(name, tmp_path):
 
     def run() -> list[Answer]:
         register(model)
-        classes = (None, faulty_class(row, model))
+        classes = [None, faulty_class(row, model), *([own_class(row)] if row.narrow_vllm else [])]
         return [answer(row, model, tmp_path, model_cls=c, dtype="bfloat16") for c in classes]
 
-    good, faulty = run_in_engine(run)
+    good, faulty, *own = run_in_engine(run)
     exact = fm.tree.map(torch.Tensor.float, weights)
     assert excess(model, exact, weights, good) < NOISE
     assert excess(model, exact, weights, faulty) > NOISE
+    assert all(excess(model, exact, weights, answer) < NOISE for answer in own)
 
 
 def excess(model: fm.Model, exact: Any, weights: Any, got: Answer) -> float:

@@ -52,6 +52,7 @@ class Row:
         served: the variations that the engine serves, too; hf itself always is.
         vllm: "module:Class" of vLLM's own class, in vllm.model_executor.models; None has none that
             works on a CPU, and says why in `no_vllm`.
+        narrow_vllm: the same, of a class that takes bfloat16 alone.
         layer: the function of the file that is called once a layer; "" for none.
         linears: a pattern of the checkpoint's names of matrices that are whole tensors, [out, in]:
             the engine serves adapters for them, and all matrices but a vocabulary's and a
@@ -76,6 +77,7 @@ class Row:
     served: tuple[str, ...] = ()
     vllm: str | None = None
     no_vllm: str = ""
+    narrow_vllm: str | None = None
     layer: str = "decoder_layer"
     linears: str = ""
     peer: str = "eager"

@@ -101,5 +101,6 @@ ROW = Row(
     served=("dense",),
     no_choice={"num_experts_per_tok": 8},
     no_vllm="its gated delta rule takes bfloat16 alone on a CPU",
+    narrow_vllm="qwen3_next:Qwen3NextForCausalLM",
     settings={"enable_prefix_caching": False},
 )
