@@ -26,6 +26,7 @@ from tests.engine.test_lora import OPTIONS as LORA
 from tests.engine.test_pooling import ask, wanted
 from tests.engine.test_shared_tensors import quantised, write_adapter
 from tests.engine.test_spawned import add_tokenizer
+from tests.engine.test_traps import vllms_layers
 from tests.engine.tiny import PROMPTS, Expected, check, distance, expected, register
 from tests.models.zoo import Row, rows
 
@@ -110,7 +111,7 @@ def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
     if row.linears:
         int8 = folder.with_name(f"{folder.name}int8")
         todo["adapter"] = todo[""]
-        todo["int8"] = lambda: (register(model), int8, None)[1:]
+        todo["int8"] = lambda: (int8, with_vllms_layers(model))
         todo["int8 vllm"] = lambda: (int8, own_class(row))
     answers: Answers = {}
     for run, prepare in todo.items():
@@ -160,6 +161,11 @@ def faulty_class(row: Row, model: fm.Model) -> type:
     edited, count = re.subn(*row.engine_fault, source)
     assert count, "the fault was not planted"
     return load_source(edited, model.name)
+
+
+def with_vllms_layers(model: fm.Model) -> type:
+    """Of a model, with vLLM's norms and activations: a last bit turns an int8 now and then."""
+    return load_source(vllms_layers(fm.compile_to_vllm(model).source), model.name)
 
 
 def answered(answers: Answers, run: str) -> Any:

@@ -95,5 +95,6 @@ ROW = Row(
         "eps": {"layer_norm_eps": 1e-3},
     },
     served=("qk-norm",),
+    linears=r"self_attn|mlp",
     vllm="commandr:CohereForCausalLM",
 )

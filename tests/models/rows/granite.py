@@ -88,5 +88,6 @@ ROW = Row(
         "theta": {"rope_theta": 9000.0},
     },
     served=("tied",),
+    linears=r"self_attn|mlp",
     vllm="granite:GraniteForCausalLM",
 )

@@ -88,5 +88,6 @@ ROW = Row(
     published=PUBLISHED,
     faults={"theta": {"rope_theta": 400000.0}, "eps": {"rms_norm_eps": 1e-3}},
     served=("mha",),
+    linears=r"self_attn|mlp",
     vllm="transformers:TransformersForCausalLM",  # vLLM 0.32 has no class of its own
 )

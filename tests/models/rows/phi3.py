@@ -141,5 +141,6 @@ ROW = Row(
         "eps": {"rms_norm_eps": 1e-2},
     },
     served=("no-window", "partial", "longrope-short"),
+    linears=r"qkv_proj|gate_up_proj|o_proj|down_proj",
     vllm="phi3:Phi3ForCausalLM",
 )

@@ -94,5 +94,6 @@ ROW = Row(
         "eps": {"rms_norm_eps": 1e-3},
     },
     served=("window", "list"),
+    linears=r"self_attn|mlp",
     vllm="transformers:TransformersForCausalLM",  # vLLM 0.32 has no class of its own
 )

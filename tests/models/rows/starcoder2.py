@@ -100,5 +100,6 @@ ROW = Row(
         "eps": {"norm_epsilon": 1e-3},
     },
     served=("no-bias", "no-window"),
+    linears=r"self_attn|mlp",
     vllm="transformers:TransformersForCausalLM",  # vLLM 0.32 has no class of its own
 )
