@@ -19,7 +19,7 @@ from compiler.placement import Shard
 from compiler.shown import shown
 from compiler.split import split_at_unembedding
 from compiler.stages import root_of, why_one_stage
-from compiler.vllm_target import lower_to_vllm
+from compiler.vllm_target import lower_to_vllm, uncollected
 from funcmodels.config_json import FIELD_OF_AXIS, config_of_fields
 from funcmodels.errors import ShardingError
 from funcmodels.spec import Model
@@ -42,7 +42,8 @@ def check(model: Model, *, tp: int = 1, pp: int = 1, ep: int = 1) -> list[int]:
     Raises:
         ShardingError: names the axis, what is needed, and the sizes that work.
     """
-    layouts = Layouts(model, lower_to_vllm(model))
+    with uncollected():
+        layouts = Layouts(model, lower_to_vllm(model))
     layouts.check(tp=tp, pp=pp, ep=ep)
     return allowed(layouts.needs)
 
@@ -59,7 +60,8 @@ def check_grid(
     Returns:
         A `Grid`: print it, or ask `grid.valid` and `grid.refused[tp, pp, ep]`.
     """
-    layouts = Layouts(model, lower_to_vllm(model))
+    with uncollected():
+        layouts = Layouts(model, lower_to_vllm(model))
     refused = {}
     asked = tuple(product(tp, pp, ep))
     for layout in asked:

@@ -18,18 +18,18 @@ LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 @dataclass(frozen=True)
-class ExpertTensor:
-    """A tensor of the checkpoint and the names that it, or each expert's part of it, loads under.
+class ExpertTensors:
+    """One of a layer's matrices or biases, of all experts: where each expert's part loads.
 
     Args:
-        name: the checkpoint's.
-        parts: names under the layer: one, or one an expert.
+        names: the checkpoint's tensors: one an expert, or one that holds all of them.
+        parts: names under the layer, one an expert.
         template: these names, with {} for the expert, of a tensor that holds all of them.
         layout: einops pattern from a part's layout to the layer's, None for the same.
         sizes: the axes' sizes that the pattern needs.
     """
 
-    name: str
+    names: tuple[str, ...]
     parts: tuple[str, ...]
     layout: str | None
     sizes: tuple[tuple[str, int], ...]
@@ -63,7 +63,7 @@ def leaves_of(
 
 def expert_tensors(
     node: fx.Node, names: Mapping[str, str], maps: Mapping[str, TensorMap], module: str
-) -> Iterator[ExpertTensor]:
+) -> Iterator[ExpertTensors]:
     """The tensors of a layer.
 
     Raises:
@@ -80,11 +80,9 @@ def expert_tensors(
             template = f"{module}.{{}}.{leaf}.{kind}"
             parts = tuple(template.format(e) for e in range(sizes[axis]))
             stored = map_.layout.split()
-            if map_.spread == (axis,):
-                tensors = list(zip(map_.names, ((p,) for p in parts), strict=True))
-            elif not map_.spread and stored[0] == axis:
-                tensors, stored = [(map_.names[0], parts)], stored[1:]
-            else:
+            if not map_.spread and stored[0] == axis:
+                stored = stored[1:]
+            elif map_.spread != (axis,):
                 raise LoweringError(
                     f"the experts of {names[str(param.target)]} do not lie one after another",
                     got=f"{map_.names[0]}: {map_.layout}",
@@ -94,5 +92,4 @@ def expert_tensors(
                 )
             layout = None if stored == rest else f"{' '.join(stored)} -> {' '.join(rest)}"
             whole = None if map_.spread else template
-            for name, own in tensors:
-                yield ExpertTensor(name, own, layout, map_.sizes if layout else (), whole)
+            yield ExpertTensors(map_.names, parts, layout, map_.sizes if layout else (), whole)

@@ -309,13 +309,12 @@ class _Planner:
 
     def experts(self, node: fx.Node, names: dict[str, str], module: str) -> None:
         """Send the tensors of experts to their layer, one expert at a time."""
-        for tensor in expert_tensors(node, names, self.maps, module):
-            if tensor.template is not None:
-                self.plan.split[tensor.name] = tensor.template
-            for part in tensor.parts:
-                name = tensor.name if tensor.template is None else part
-                to = Destination(part, layout=tensor.layout, sizes=tensor.sizes)
-                self.plan.tensors[name] = to
+        for found in expert_tensors(node, names, self.maps, module):
+            if found.template is not None:
+                self.plan.split[found.names[0]] = found.template
+            own = found.names if found.template is None else found.parts
+            for name, part in zip(own, found.parts, strict=True):
+                self.plan.tensors[name] = Destination(part, layout=found.layout, sizes=found.sizes)
 
     def leaves(self, weights: list[fx.Node], names: dict[str, str]) -> list[str]:
         """What the parts of a layer are called in it: as in the checkpoint, where that differs."""

@@ -33,25 +33,17 @@ def deepseek() -> fm.Model:
     return model
 
 
-def seconds(run) -> float:
-    """Of this process's own time: the machine may have other work."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 def test_a_token_uses_37_billion_parameters():
     experts = MIXED * EXPERTS * EXPERT
     assert round((deepseek().num_parameters - experts * (1 - 8 / EXPERTS)) / 1e9, 1) == 37.6
 
 
-def test_the_grid_of_deepseek_v3_takes_less_than_a_second():
+def test_the_grid_of_deepseek_v3():
     model = deepseek()
     grid = fm.check_grid(model, tp=(*RANKS, 3), pp=(1, 2, 4, 8, 16, 62))
     assert set(grid.valid) == {(tp, pp, 1) for tp in RANKS for pp in (1, 2, 4, 8, 16)}
     assert str(grid.refused[3, 1, 1].lines["got"]).startswith("num_attention_heads=128")
     assert "more pipeline stages than layers" in str(grid.refused[1, 62, 1])
-    assert min(seconds(lambda: fm.check_grid(model, tp=RANKS, pp=(1, 2, 4))) for _ in "12") < 1
 
 
 def test_explain_of_deepseek_v3_on_64_ranks(monkeypatch, tmp_path):
