@@ -156,6 +156,8 @@ MODELS: dict[str, Callable[[], fm.Model]] = {
     "transposed": transposed,
     "unrolled": unrolled,
     "glm4_moe": lambda: rows()["glm4_moe"].model(),
+    "gemma3": lambda: rows()["gemma3"].model(),
+    "deepseek_v3": lambda: rows()["deepseek_v3"].model(),
 }
 
 
