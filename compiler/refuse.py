@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
 
+from compiler.ir import MODEL_DTYPE
 from funcmodels.errors import FuncModelsError, TraceError
 from funcmodels.source import SourceLine, is_users, users_line
 
@@ -185,6 +188,23 @@ def branch_on_value(error: Exception | None, name: str = "if, while or bool()") 
         fix="torch.where(condition, a, b), or decide by a config field; for i in range(n), and not "
         "over a tensor",
     )
+
+
+def two_dtypes(func: Any, args: Any, kwargs: Any, error: RuntimeError) -> None:
+    """Say which dtypes torch would not take together: its own words name the model's stand-in."""
+    found = [t.dtype for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    dtypes = list(dict.fromkeys(dtype for dtype in found if dtype.is_floating_point))
+    if len(dtypes) < 2 or not re.search("dtype|scalar type", str(error)):
+        return
+    raise TraceError(
+        f"{getattr(func, '__name__', func)} of tensors of two dtypes",
+        got=" and ".join("the model's dtype" if d == MODEL_DTYPE else str(d) for d in dtypes),
+        need="one dtype, also where weights are loaded in bfloat16; a recurrence's state keeps the "
+        "one that it is declared with",
+        from_=users_line(),
+        fix="x.float() of what has the model's dtype, as the x of a recurrence that is made of "
+        "activations",
+    ) from error
 
 
 def fixes_size(func: Any) -> TraceError:

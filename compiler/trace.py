@@ -33,7 +33,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from compiler import aten, refuse, transforms
-from compiler.ir import MODEL_DTYPE, Block, Program, Sym, TensorType, add_node, target_name
+from compiler.ir import (
+    MODEL_DTYPE,
+    Block,
+    Program,
+    Sym,
+    TensorType,
+    add_node,
+    dtype_name,
+    target_name,
+)
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
 from compiler.recurrence import Recurrence, recurrence
@@ -43,7 +52,14 @@ from compiler.verify import verify
 from funcmodels import tree
 from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
-from funcmodels.ops.recurrent_check import check_pair, check_state
+from funcmodels.ops.recurrent_results import (
+    check_alike,
+    check_pair,
+    check_results,
+    check_state,
+    not_of_all,
+    shapes_said,
+)
 from funcmodels.source import SourceLine, is_users, users_line
 from funcmodels.spec import Model, Param
 from funcmodels.state import State
@@ -326,6 +342,9 @@ class _Tracer(TorchFunctionMode):
             out = result_of(func, args, kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
+        except RuntimeError as error:
+            refuse.two_dtypes(func, args, kwargs, error)
+            raise
         self._note_guards(func)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
             if is_users(sys._getframe(2).f_code.co_filename):  # not torch's own Python
@@ -462,8 +481,11 @@ class _Tracer(TorchFunctionMode):
             sizes = given[0].shape[: len(self.dims)]
             of_one = self._step_arguments(state, tree.map(self._without_seq, xs), params, sizes[:1])
             of_many = self._step_arguments(state, tree.map(self._alike, xs), params, sizes[:-1])
-        one = self._record_step(step, state, of_one)
-        many = chunked and self._record_step(chunked, state, of_many)
+        lead = tuple(map(Sym, self.dims))
+        with shapes_said(step, state, xs):
+            one = self._record_step(step, state, of_one, lead[:1])
+        with shapes_said(chunked or step, state, xs):
+            many = chunked and self._record_step(chunked, state, of_many, lead, (step, one))
         made = Recurrence(one.block, many and many.block, state, chunk, kernel, remat=remat)
         args = self._as_nodes((tuple(given), tuple(shared), segment_ids), step)
         with torch._C.DisableTorchFunction():
@@ -500,13 +522,49 @@ class _Tracer(TorchFunctionMode):
         }
         return (carry, xs) if params is None else (carry, xs, tree.map(self._alike, params))
 
-    def _record_step(self, fn: Callable[..., Any], state: State, args: tuple) -> _Recorded:
-        recorded = self._record(fn, *pytree.tree_flatten((args, {})))
-        result = pytree.tree_unflatten(recorded.leaves, recorded.spec)
-        with torch._C.DisableTorchFunction():
-            check_pair(fn, result)
-            check_state(fn, state, result[0])
-        return recorded
+    def _record_step(
+        self,
+        fn: Callable[..., Any],
+        state: State,
+        args: tuple,
+        lead: tuple[Sym, ...],
+        of: tuple[Callable[..., Any], _Recorded] | None = None,
+    ) -> _Recorded:
+        """Record a step, or the chunked form `of` one.
+
+        Its results are the state's tensors as declared and the leaves of y, a chunked form's in
+        the order of its step's: what becomes of them goes by their places.
+
+        Args:
+            lead: the first dims of each leaf of y.
+        """
+
+        def arranged(result: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                check_pair(fn, result)
+                after, y = result
+                check_state(fn, state, after, args[0])
+                check_results(fn, y, ())
+                kinds = self._kinds_of(fn, y, lead)
+                if of is not None:
+                    step, recorded = of
+                    like = pytree.tree_unflatten(recorded.leaves, recorded.spec)[1]
+                    check_alike(step, fn, self._kinds_of(step, like, lead[:1]), kinds)
+                    y = tree.unflatten(like, dict(tree.items(y)))
+            return {name: after[name] for name in state.slots}, y
+
+        return self._record(fn, *pytree.tree_flatten((args, {})), arranged=arranged)
+
+    def _kinds_of(self, fn: Callable[..., Any], y: Any, lead: tuple[Sym, ...]) -> dict[str, Any]:
+        """By path, dtype and shape of one token's results."""
+        kinds = {}
+        for path, leaf in tree.items(y):
+            found = self._type(leaf)
+            if found.shape[: len(lead)] != lead:
+                n = None if len(lead) == 1 and self.dims == ("batch", "seq") else lead[-1]
+                raise not_of_all(fn, path, found.shape, n)
+            kinds[path] = dtype_name(found.dtype), found.shape[len(lead) :]
+        return kinds
 
     # Calls of blocks
 
@@ -554,7 +612,12 @@ class _Tracer(TorchFunctionMode):
         return found
 
     def _record(
-        self, fn: Callable[..., Any], leaves: list[Any], spec: Any, remat: bool = False
+        self,
+        fn: Callable[..., Any],
+        leaves: list[Any],
+        spec: Any,
+        remat: bool = False,
+        arranged: Callable[[Any], Any] = lambda result: result,
     ) -> _Recorded:
         """Run a block's function once, on the tensors of its first call."""
         scope = _Scope()
@@ -569,7 +632,7 @@ class _Tracer(TorchFunctionMode):
                 scope.bind(leaf, self._node("placeholder", name.replace(".", "_"), leaf))
             else:
                 static[name] = leaf
-        out, out_spec = pytree.tree_flatten(self._call(fn, args, kwargs))
+        out, out_spec = pytree.tree_flatten(arranged(self._call(fn, args, kwargs)))
         tensors = [t for t in out if isinstance(t, Tensor)]
         self._return([self._node_of(t, fn) for t in tensors])
         self.scopes.pop()

@@ -10,9 +10,9 @@ from compiler import layers
 from compiler.emit.layers import (
     Layer,
     _check_dtype,
-    attention_prefix,
     builds,
     local_heads,
+    numbered_prefix,
     refuse_segments,
 )
 from compiler.emit.scope import Scope
@@ -42,7 +42,7 @@ def _latent_attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "kv_lora_rank": str(rank),
         "scale": str(scale),
         "vllm_config": "vllm_config",
-        "prefix": attention_prefix(scope, attr),
+        "prefix": numbered_prefix(scope, attr),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (q_nope, q_rope, latent, k_rope))})"
     full = f"{scope.module.help('check_full_attention')}(vllm_config)"

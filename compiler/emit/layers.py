@@ -235,7 +235,7 @@ def _attention(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "per_layer_sliding_window": None if s.get("window") is None else repr(s["window"]),
         "sinks": scope.value(sinks) if sinks is not None else None,
         "head_size_v": str(v_head_dim) if v_head_dim != head_dim else None,
-        "prefix": attention_prefix(scope, attr),
+        "prefix": numbered_prefix(scope, attr),
     }
     call = f"{{}}({', '.join(scope.value(a) for a in (q, k, v))})"
     kind = scope.module.use("Attention" if is_causal else "EncoderOnlyAttention")
@@ -253,7 +253,7 @@ def refuse_segments(node: fx.Node) -> None:
         )
 
 
-def attention_prefix(scope: Scope, attr: str) -> str:
+def numbered_prefix(scope: Scope, attr: str) -> str:
     """The engine tells layers apart by the one number in their names: some need one made up."""
     names = [f"{anchor}.{attr}".split(".") for anchor in scope.placed.anchors]
     if all(sum(part.isdigit() for part in name) == 1 for name in names):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from compiler.emit.block import statements
-from compiler.emit.layers import Layer, builds, prefix_of
+from compiler.emit.layers import Layer, builds, numbered_prefix
 from compiler.emit.scope import Module, Scope
 from compiler.emit.text import call, kwargs, literal, wrapped
 from compiler.ir import MODEL_DTYPE, Block, LocalSize
@@ -44,7 +44,7 @@ def _recurrence(scope: Scope, node: fx.Node, attr: str) -> Layer:
         "chunk": str(found.chunk) if found.chunked else None,
         "kernel": scope.module.help(KERNELS[found.kernel].helper) if found.kernel else None,
         "vllm_config": "vllm_config",
-        "prefix": prefix_of(attr),
+        "prefix": numbered_prefix(scope, attr),
     }
     given = [", ".join(scope.value(n) for n in nodes) for nodes in (xs, params)]
     one = "({},)" if len(results) == 1 else ""

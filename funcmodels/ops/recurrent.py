@@ -12,13 +12,9 @@ from torch import Tensor
 
 from funcmodels import tree
 from funcmodels.block import tracer
-from funcmodels.ops.recurrent_check import (
-    batch_dims_of,
-    check_chunk,
-    check_closure,
-    check_state,
-)
+from funcmodels.ops.recurrent_check import batch_dims_of, check_closure
 from funcmodels.ops.recurrent_layout import Layout
+from funcmodels.ops.recurrent_results import check_pair, check_results, check_state, shapes_said
 from funcmodels.remat import remat as recomputed
 from funcmodels.state import State
 
@@ -97,7 +93,10 @@ def recurrent(
     if remat and chunked is not None:
         chunked = recomputed(chunked)
     step, chunked = given(step, params), chunked and given(chunked, params)
-    return scan(step, chunked, state, xs, dims, chunk, segment_ids)
+    if torch.compiler.is_compiling():
+        return scan(step, chunked, state, xs, dims, chunk, segment_ids)
+    with shapes_said(chunked or step, state, xs):
+        return scan(step, chunked, state, xs, dims, chunk, segment_ids)
 
 
 def scan(
@@ -172,9 +171,12 @@ def by_token(
     for t, x in enumerate(_parts(xs, lambda x: x.unbind(dims))):
         if starts is not None:
             carry = reset(state, carry, starts[..., t])
-        carry, y = step(carry, x)
+        result = step(carry, x)
         if t == 0:
-            check_state(step, state, carry)
+            check_pair(step, result)
+            check_state(step, state, result[0], carry)
+            check_results(step, result[1], tree.leaves(x)[0].shape[:dims])
+        carry, y = result
         ys.append(y)
     return carry, tree.map(lambda *y: torch.stack(y, dim=dims), *ys)
 
@@ -213,10 +215,13 @@ def by_chunk(
     for i, x in enumerate(_parts(xs, lambda x: x.split(chunk, dims))):
         if begins is not None:
             carry = reset(state, carry, begins[..., i])
-        carry, y = chunked(carry, x)
+        result = chunked(carry, x)
         if i == 0:
-            check_state(chunked, state, carry)
-            check_chunk(chunked, y, dims, tree.leaves(x)[0].shape[dims])
+            some = tree.leaves(x)[0].shape
+            check_pair(chunked, result)
+            check_state(chunked, state, result[0], carry)
+            check_results(chunked, result[1], some[:dims], some[dims])
+        carry, y = result
         ys.append(y)
     return carry, tree.map(lambda *y: torch.cat(y, dim=dims), *ys)
 

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from funcmodels import tree
 from funcmodels.errors import ShapeError, TraceError
-from funcmodels.source import SourceLine, users_line
+from funcmodels.ops.recurrent_results import (
+    PRIMES,
+    check_pair,
+    check_state,
+    line_of,
+    name_of,
+    shapes_of,
+    shapes_said,
+)
+from funcmodels.source import users_line
 from funcmodels.state import State
 
-PRIMES = (1009, 1013, 1019)  # batch sizes that no other dim has
 MOST_FOUND = 512
 _FOUND: dict[Any, int] = {}  # by step and shapes, how many batch dims there are
 
@@ -111,7 +119,8 @@ def _found(step: Callable, state: State, xs: Any, params: Any, shared: int) -> i
     if fits:
         _cannot_tell(step, xs, fits)
     if not found:  # the step itself fails: let its own error be seen
-        raise errors[0]
+        with shapes_said(step, state, xs):
+            raise errors[0]
     before, after = next(iter(found.values()))
     check_state(step, state, after, before)
     raise AssertionError("a state that is kept, and is not")
@@ -124,7 +133,9 @@ _found_outside: Any = torch.compiler.disable(
 
 
 def _shape_of(state: Any) -> Any:
-    return {name: value.shape for name, value in state.items()} if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        return None
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def _on_meta(step: Callable, state: State, xs: Any, dims: int, params: Any) -> tuple[dict, dict]:
@@ -144,82 +155,15 @@ def _on_meta(step: Callable, state: State, xs: Any, dims: int, params: Any) -> t
     return before, result[0]
 
 
-def check_pair(step: Callable, result: Any) -> None:
-    """A step returns a state and something else.
-
-    Raises:
-        ShapeError: it returns no pair.
-    """
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ShapeError(
-            f"{_name(step)} returns no pair",
-            got=type(result).__name__,
-            need="(state, y)",
-            from_=_line(step),
-            fix="return {...}, y",
-        )
-
-
 def _cannot_tell(step: Callable, xs: Any, fits: list[int]) -> NoReturn:
     raise ShapeError(
-        f"{_name(step)}: several dims of xs may be the tokens",
-        got=f"xs {_shapes(xs)}; the state keeps its shape with "
+        f"{name_of(step)}: several dims of xs may be the tokens",
+        got=f"xs {shapes_of(xs)}; the state keeps its shape with "
         f"{' or '.join(map(str, fits))} batch dims",
         need="one way to read them",
         from_=users_line(),
         fix=f"batch_dims={fits[-1]} or {fits[0]} of ops.recurrent, or segment_ids (*batch, seq)",
     )
-
-
-def check_state(step: Callable, state: State, carry: Any, before: Any = None) -> None:
-    """A state is as declared, and of the shapes that it had before.
-
-    Raises:
-        ShapeError: other names, shapes or dtypes.
-    """
-    if not isinstance(carry, dict) or carry.keys() != state.slots.keys():
-        raise ShapeError(
-            f"{_name(step)} returns another state than it is given",
-            got=", ".join(carry) if isinstance(carry, dict) else type(carry).__name__,
-            need=f"a dict of {', '.join(state.slots)}",
-            declared=state.where,
-            from_=_line(step),
-            fix="return (state, y), the state with all its tensors",
-        )
-    for name, slot in state.slots.items():
-        value = carry[name]
-        tail = tuple(value.shape[value.ndim - len(slot.shape) :])
-        wrong_batch = before is not None and value.shape != before[name].shape
-        if tail == slot.shape and value.dtype == slot.dtype and not wrong_batch:
-            continue
-        kind = "dtype" if tail == slot.shape and not wrong_batch else "shape"
-        raise ShapeError(
-            f'{_name(step)} changes the {kind} of the state "{name}"',
-            got=f"{_shape(value)} {value.dtype}",
-            need=f"(*batch, {', '.join(map(str, slot.shape))}) {slot.dtype}, as declared",
-            declared=state.where,
-            from_=_line(step),
-            fix=f'"{name}": (...).to({slot.dtype})'
-            if kind == "dtype"
-            else "an update of the state's own shape",
-        )
-
-
-def check_chunk(chunked: Callable, y: Any, dims: int, n: int) -> None:
-    """A chunk of n tokens has n results.
-
-    Raises:
-        ShapeError: it has another number.
-    """
-    for path, leaf in tree.items(y):
-        if leaf.ndim <= dims or leaf.shape[dims] != n:
-            raise ShapeError(
-                f"{_name(chunked)}: a result of a chunk has another number of tokens",
-                got=f"{path or 'y'} {tuple(leaf.shape)}",
-                need=f"(*batch, {n}, ...)",
-                from_=_line(chunked),
-                fix="one result for each token, in the place of the token's dim",
-            )
 
 
 def check_closure(fn: Callable) -> None:
@@ -233,9 +177,9 @@ def check_closure(fn: Callable) -> None:
             isinstance(leaf, Tensor) for leaf in tree.leaves(value)
         ):
             raise TraceError(
-                f'{_name(fn)} uses "{name}", a tensor from outside',
+                f'{name_of(fn)} uses "{name}", a tensor from outside',
                 need="a function of its arguments alone",
-                from_=_line(fn),
+                from_=line_of(fn),
                 fix=f'params={{"{name}": {name}}} of ops.recurrent: a third argument of the step',
             )
 
@@ -250,35 +194,14 @@ def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
         found = inspect.getclosurevars(fn)
         yield from found.nonlocals.items()
         yield from found.globals.items()
-        yield from ((f"a default of {_name(fn)}", value) for value in fn.__defaults__ or ())
+        yield from ((f"a default of {name_of(fn)}", value) for value in fn.__defaults__ or ())
 
 
 def _bad_xs(step: Callable, xs: Any, need: str) -> NoReturn:
     raise ShapeError(
-        f"{_name(step)}: xs of wrong shapes",
-        got=_shapes(xs) or "no tensor",
+        f"{name_of(step)}: xs of wrong shapes",
+        got=shapes_of(xs) or "no tensor",
         need=need,
         from_=users_line(),
         fix="what all tokens share goes to params=",
     )
-
-
-def _shapes(xs: Any) -> str:
-    return ", ".join(
-        f"{path or 'x'} {tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__}"
-        for path, leaf in tree.items(xs)
-    )
-
-
-def _shape(value: Tensor) -> str:
-    return f"({', '.join('batch' if n in PRIMES else str(n) for n in value.shape)})"
-
-
-def _name(fn: Any) -> str:
-    return getattr(getattr(fn, "func", fn), "__name__", repr(fn))
-
-
-def _line(fn: Any) -> SourceLine:
-    fn = inspect.unwrap(fn)
-    code = getattr(getattr(fn, "func", fn), "__code__", None)
-    return SourceLine(code.co_filename, code.co_firstlineno, code.co_name) if code else users_line()

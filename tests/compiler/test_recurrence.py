@@ -1,5 +1,8 @@
 """Recurrences in the compiler: recorded once, cut over ranks, and refused where a line is wrong."""
 
+import functools
+import re
+
 import pytest
 import torch
 from einops import einsum
@@ -11,7 +14,7 @@ from compiler.partition import check_tokens_apart, partition
 from compiler.recurrence import recurrence
 from compiler.trace import trace
 from funcmodels import ops
-from funcmodels.errors import LoweringError, TraceError
+from funcmodels.errors import LoweringError, ShapeError, TraceError
 from tests.engine.recurrences import recurrent_model
 
 KINDS = ["linear", "delta", "by_key", "own", "conv"]
@@ -133,6 +136,97 @@ def model_of(step, sharding=("heads",), forward=None):
     table = dict.fromkeys(sharding, "tp")
     given = forward or with_step
     return fm.Model("Step", config={}, params=params, forward=given, sharding=table)
+
+
+def summed(state, x):
+    """Two states, and two results."""
+    a, b = state["a"] + x, state["b"] - 2 * x
+    return {"b": b, "a": a}, {"p": a, "q": b}
+
+
+def summed_at_once(state, x, order="qp", rows=None, dtype=None):
+    a = state["a"][..., None, :, :] + x.cumsum(-3)
+    b = state["b"][..., None, :, :] - 2 * x.cumsum(-3)
+    y = {"p": a[..., :rows, :, :], "q": b.to(dtype or b.dtype)}
+    return {"b": b[..., -1, :, :], "a": a[..., -1, :, :]}, {name: y[name] for name in order}
+
+
+def model_of_two(chunked):
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        v = einsum(x, params["v"], "... e, h d e -> ... h d")
+        state = fm.state(a="heads value", b="heads value", dtype=v.dtype, heads=2, value=4)
+        y = ops.recurrent(summed, state, v, chunked=chunked, chunk=4, segment_ids=segment_ids)
+        y = y["p"] - 3 * y["q"]
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    return model_of(None, forward=forward)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("chunked", [None, summed_at_once])
+def test_states_and_results_go_by_name(chunked, batched):
+    """Whatever order a step and its chunked form return them in."""
+    model = model_of_two(chunked)
+    weights = fm.init(model, seed=0)
+    tokens = torch.arange(12) % 16
+    tokens = tokens[None] if batched else tokens
+    want = model.forward(weights, tokens, positions_of(tokens))
+    program = partition(trace(model, batched=batched))
+    [got] = run(program, {p: [w] for p, w in fm.tree.items(weights)}, tokens, positions_of(tokens))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"order": "p"}, r"returns another y than summed\n  got: +p\n  need: +p, q"),
+        ({"rows": 1}, r"a result of a chunk has another number of tokens\n  got: +p \(.*1, 2, 4\)"),
+        ({"dtype": torch.float64}, r"returns another dtype or shape than .*\n  got: +q .*float64"),
+    ],
+)
+def test_results_of_a_chunk_that_are_not_those_of_the_step(fault, message, batched):
+    def wrong(state, x):
+        return summed_at_once(state, x, **fault)
+
+    with pytest.raises(ShapeError, match=message) as error:
+        trace(model_of_two(wrong), batched=batched)
+    assert re.search(r"from: +test_recurrence.py:\d+ in wrong", str(error.value))
+
+
+def test_a_state_without_its_sequences_is_refused():
+    """In the engine, it would be one for all requests."""
+
+    def wrong(state, x):
+        return {"S": torch.zeros(2, 4, dtype=x.dtype)}, x
+
+    with pytest.raises(ShapeError, match=r'wrong changes the shape of the state "S"'):
+        trace(model_of(wrong))
+
+
+def test_a_state_and_an_x_of_two_dtypes():
+    """A product of both is refused, with the line; what torch promotes is computed."""
+
+    def product(state, x):
+        S = 0.9 * state["S"] + x
+        y = einsum(S, x, "... h v, ... h v -> ... h")
+        return {"S": S}, y[..., None] * x
+
+    def forward(params, tokens, positions, segment_ids=None, step=product):
+        x = ops.embed(tokens, params["embed"])
+        v = einsum(x, params["v"], "... e, h d e -> ... h d")
+        state = fm.state(S="heads value", dtype=torch.float32, heads=2, value=4)
+        y = ops.recurrent(step, state, v, segment_ids=segment_ids).to(x.dtype)
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    with pytest.raises(TraceError, match=r"einsum of tensors of two dtypes") as error:
+        trace(model_of(None, forward=forward))
+    assert re.search(r"got: +torch.float32 and the model's dtype", str(error.value))
+    assert re.search(
+        r"(?s)from: +test_recurrence.py:\d+ in product.*x\.float\(\)", str(error.value)
+    )
+    trace(model_of(None, forward=functools.partial(forward, step=decayed(0.5))))
 
 
 def over_heads(state, x):

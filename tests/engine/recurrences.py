@@ -15,10 +15,13 @@ P = fm.axes(
 
 
 def leaky_step(state, x):
-    """A running mean and a running maximum of each head's values, with a learned decay."""
+    """A running mean and a running maximum of each head's values, with a learned decay.
+
+    Returned in another order than they are declared in, which must not matter.
+    """
     mean = x["keep"][..., None] * state["mean"] + (1 - x["keep"])[..., None] * x["v"]
     top = torch.maximum(state["top"] * 0.9, x["v"])
-    return {"mean": mean, "top": top}, mean + 0.1 * top
+    return {"top": top, "mean": mean}, mean + 0.1 * top
 
 
 def linear_params():
@@ -120,6 +123,37 @@ def attention(p, x, positions, segment_ids):
     q, k = ops.rope(q, k, positions, theta=1e4)
     o = ops.attention(q, k, v, segment_ids=segment_ids)
     return x + einsum(o, p["o"], "... h d, e h d -> ... e")
+
+
+def loose_model() -> fm.Model:
+    """Recurrences outside of a list of layers: in a block of its own, and in forward itself."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        x = linear(params["one"], x, segment_ids, "own")
+        x = x + ops.short_conv(x, params["conv"], segment_ids=segment_ids)
+        x = attention(params["other"], x, positions, segment_ids)
+        return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-6), params["embed"])
+
+    return fm.Model(
+        "LooseForCausalLM",
+        config={
+            "max_position_embeddings": 512,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+        },
+        params={
+            "embed": P("vocab hidden"),
+            "one": linear_params(),
+            "conv": P("hidden width"),
+            "other": attention_params(),
+            "norm": P("hidden", init="ones"),
+        },
+        forward=forward,
+        sharding=dict.fromkeys(("vocab", "heads", "kv_heads"), "tp"),
+    )
 
 
 CUT = {"attention": ["heads", "kv_heads"], "conv": ["inner"]}

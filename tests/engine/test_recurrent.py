@@ -6,7 +6,7 @@ import torch
 import funcmodels as fm
 from funcmodels.errors import FuncModelsError
 from tests.engine.harness import engine_model, generate, make_llm, run_in_engine
-from tests.engine.recurrences import recurrent_model
+from tests.engine.recurrences import loose_model, recurrent_model
 from tests.engine.tiny import check, expected, register, saved, serve_model
 
 MODELS = {
@@ -25,6 +25,13 @@ def test_equals_the_pure_function(name, tp, tmp_path):
     model = recurrent_model(*MODELS[name])
     weights = saved(model, tmp_path)
     check(serve_model(model, tmp_path, tp=tp, **OPTIONS), expected(model, weights))
+
+
+def test_outside_of_a_list_of_layers(tmp_path):
+    """The engine tells layers apart by the number in their names, and these have none."""
+    model = loose_model()
+    weights = saved(model, tmp_path)
+    check(serve_model(model, tmp_path, tp=2, **OPTIONS), expected(model, weights))
 
 
 @pytest.fixture(scope="module")
