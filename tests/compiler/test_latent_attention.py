@@ -52,11 +52,7 @@ def test_explain_of_deepseek_v3_on_64_ranks(monkeypatch, tmp_path):
     begun = time.process_time()
     found = fm.explain(model, tp=64)
     assert time.process_time() - begun < 10
-    down = LAYERS * (1536 + 512 + 64) * HIDDEN
-    norms = LAYERS * (1536 + 512 + 2 * HIDDEN) + HIDDEN
-    whole, biases = down + norms + MIXED * EXPERTS * HIDDEN, MIXED * EXPERTS
-    divided = model.num_parameters - whole - biases
-    assert found.weights == 2 * (divided // 64 + whole) + 4 * biases
+    assert found.weights == bytes_of_a_rank(64, 1)
     assert found.kv_per_token == LAYERS * 2 * (512 + 64)
     assert "a latent of 512 and a rope key of 64, whole on each rank" in printed(found)
     assert "a rope key of 64" in found.to_html(tmp_path / "page.html").read_text()
@@ -64,6 +60,26 @@ def test_explain_of_deepseek_v3_on_64_ranks(monkeypatch, tmp_path):
     found = fm.explain(model, tp=64)
     assert found.kv_per_token == LAYERS * 2 * (128 // 64) * (192 + 192)
     assert "keys and values of each head, 192 wide" in printed(found)
+
+
+def bytes_of_a_rank(tp: int, ep: int) -> int:
+    """From the published count, in bfloat16: what each rank has whole, and its share of the rest.
+
+    Each expert is whole on one rank with expert parallelism, and cut over all without.
+    """
+    down = LAYERS * (1536 + 512 + 64) * HIDDEN
+    norms = LAYERS * (1536 + 512 + 2 * HIDDEN) + HIDDEN
+    experts, biases = MIXED * EXPERTS * EXPERT, MIXED * EXPERTS  # these in float32
+    whole = down + norms + MIXED * EXPERTS * HIDDEN
+    divided = deepseek().num_parameters - experts - biases - whole
+    return 2 * (divided // tp + whole + experts // max(tp, ep)) + 4 * biases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "ep"), [(8, 1), (8, 8), (16, 16), (1, 8), (1, 32), (4, 32)])
+def test_memory_of_a_rank_with_expert_parallelism(tp, ep):
+    """As it is run: within a host, over two, and experts over more ranks than attention."""
+    assert fm.explain(deepseek(), tp=tp, ep=ep).weights == bytes_of_a_rank(tp, ep)
 
 
 def printed(found) -> str:
