@@ -327,6 +327,48 @@ def test_check_recurrence_sees_faults(fault):
         fm.check_recurrence(linear_step, wrong, memory(2, 4, 3), linear_inputs())
 
 
+def counted(state, x):
+    """As a served model has to write it: casts to the state's dtypes. It keeps several kinds."""
+    n, x = state["n"] + 1, x.float()
+    h = state["h"] * 0.9j + x
+    last = x.to(state["last"].dtype)
+    return {"h": h, "n": n, "last": last}, {"h": h.real / n.float(), "was": state["last"] + 0}
+
+
+def counted_chunk(state, x, fault=None):
+    x = x.to(torch.float32)
+    at = torch.arange(1, x.shape[-2] + 1, dtype=torch.float32)[:, None]
+    within = (at - at.mT).tril()
+    weight = torch.polar(0.9**within, torch.pi / 2 * within).tril()
+    h = (
+        weight @ x.to(torch.complex64)
+        + torch.polar(0.9**at, torch.pi / 2 * at) * state["h"][..., None, :]
+    )
+    n = state["n"][..., None, :] + at.to(torch.int64)
+    was = torch.cat([state["last"][..., None, :], x[..., :-1, :]], -2)
+    was = was * (1 + 1e-6) if fault == "was" else was
+    last = x[..., -1, :] if fault != "last" else x[..., 0, :]
+    after = {"h": h[..., -1, :], "n": n[..., -1, :] + (fault == "n"), "last": last}
+    y = {"was": was, "h": h.real / n.to(torch.float32)}
+    return after, (y | {"more": was} if fault == "more" else y)
+
+
+@pytest.mark.parametrize("fault", [None, "was", "last", "n", "more"])
+def test_check_recurrence_of_states_of_several_dtypes(fault):
+    """Casts round nothing there, whole numbers stay whole, and faults are seen all the same."""
+    dtypes = {"h": torch.complex64, "n": torch.int64, "last": torch.bfloat16}
+    state = fm.state(h="hidden", n="hidden", last="hidden", dtype=dtypes, hidden=3)
+    chunk = functools.partial(counted_chunk, fault=fault)
+    if fault is None:
+        assert fm.check_recurrence(counted, chunk, state, rows(20, 3).float()) < 1e-12
+        return
+    with pytest.raises(fm.errors.FuncModelsError, match="counted_chunk is not its step") as error:
+        fm.check_recurrence(counted, chunk, state, rows(20, 3).float())
+    lines = r"(?s)step: +test_recurrent.py:\d+ in counted\n.* in counted_chunk"
+    assert re.search(lines, str(error.value))
+    assert torch.get_default_dtype() == torch.float32
+
+
 # --- ops.associative_scan ------------------------------------------------------------------------
 
 
