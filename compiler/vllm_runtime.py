@@ -671,6 +671,16 @@ def check_embeds(vllm_config: VllmConfig, dtype: torch.dtype) -> None:
         )
 
 
+def check_tokens_given(vllm_config: VllmConfig) -> None:
+    """Refuse prompts as embeddings for a model that reads the tokens themselves."""
+    if vllm_config.model_config.enable_prompt_embeds:
+        raise ValueError(
+            "this model reads the tokens in other ways than one embedding\n"
+            "  got:  enable_prompt_embeds=True: prompts that may have no tokens\n"
+            "  fix:  enable_prompt_embeds=False, and prompts as token ids"
+        )
+
+
 def check_keys_cached(vllm_config: VllmConfig) -> None:
     """Refuse an engine that caches latents for a model that makes keys and values itself."""
     if vllm_config.model_config.use_mla:

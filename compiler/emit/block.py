@@ -119,12 +119,12 @@ def _bare(scope: Scope, name: str, attr: str) -> list[str]:
     return lines
 
 
-def symbol_lines(scope: Scope, indent: int = 8) -> list[str]:
-    """`num_tokens = x.shape[0]`, where a statement needs it."""
+def symbol_lines(scope: Scope, source: fx.Node | None = None) -> list[str]:
+    """`num_tokens = x.shape[0]`, where a statement needs it; of the first input, if not given."""
     if not scope.symbols:
         return []
-    source = next(n for n in scope.block.inputs if tensor_type(n).shape)
-    return [f"{' ' * indent}num_tokens = {scope.names[source]}.shape[0]"]
+    source = source or next(n for n in scope.block.inputs if tensor_type(n).shape)
+    return [f"        num_tokens = {scope.names[source]}.shape[0]"]
 
 
 def statements(scope: Scope, nodes: list[fx.Node], indent: int) -> list[str]:

@@ -34,9 +34,7 @@ class BodyLines(Whole):
             "        super().__init__()",
             *self.body_constructor(),
             "",
-            "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
             *self.embed_lines(),
-            "",
             "    def forward(",
             "        self,",
             "        input_ids: torch.Tensor | None,",
@@ -49,12 +47,19 @@ class BodyLines(Whole):
         ]
 
     def embed_lines(self) -> list[str]:
+        """The method that embeds tokens, where they are read for nothing else."""
+        node = self.embedding
+        if node is None:
+            return []
         tokens, _ = self.split.body.inputs
         scope = Scope(self.module, self.split.body, self.body.placed)
         scope.names[tokens] = "input_ids"
-        node = self.embedding()
         lines = statements(scope, [node], 8)
-        return [line.replace(f"{scope.names[node]} = ", "return ", 1) for line in lines]
+        return [
+            "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
+            *(line.replace(f"{scope.names[node]} = ", "return ", 1) for line in lines),
+            "",
+        ]
 
     def body_constructor(self) -> list[str]:
         loop = self.root.loop
@@ -73,7 +78,7 @@ class BodyLines(Whole):
         placed = self.body.placed
         first = {a for n, a in placed.layers.items() if n in set(self.root.before)}
         last = {a for n, a in placed.layers.items() if n in set(self.root.after)}
-        embedding = placed.layers.get(self.embedding())
+        tied = {placed.layers[n] for n in self.tied_embeddings()}
         out: list[str] = []
         at = 0
         while at < len(lines):
@@ -84,7 +89,7 @@ class BodyLines(Whole):
             conditions = []
             if name in first:
                 conditions.append("get_pp_group().is_first_rank")
-            if name in last or (name == embedding and self.plan.tied):
+            if name in last | tied:
                 conditions.append("get_pp_group().is_last_rank")
             if conditions:
                 out.append(f"        if {' or '.join(conditions)}:")
@@ -174,18 +179,14 @@ class BodyLines(Whole):
         tokens, positions = self.split.body.inputs
         scope.bind(tokens, "input_ids")
         scope.bind(positions, "positions")
-        embedding = self.embedding()
-        name = scope.bind(embedding, "hidden_states")
-        embed = [
-            "if inputs_embeds is not None:",
-            f"    {name} = inputs_embeds",
-            "else:",
-            f"    {name} = self.embed_input_ids(input_ids)",
-        ]
-        before = self.around(root.before, embedding, embed)
+        before = self.before_layers()
         (result,) = self.split.body.results
         if root.loop is None:
-            return [*symbol_lines(scope), *before, f"        return {scope.value(result)}"]
+            return [
+                *symbol_lines(scope, positions),
+                *before,
+                f"        return {scope.value(result)}",
+            ]
         loop, names = root.loop, self.carried()
         values = ["None" if i is None else scope.value(i) for i in loop.initial]
         changed = [(n, v) for n, v in zip(names, values, strict=True) if n != v]
@@ -206,11 +207,11 @@ class BodyLines(Whole):
         after = statements(scope, root.after, 8)
         end = f"        return {scope.value(result)}"
         if not self.staged:
-            return [*symbol_lines(scope), *before, *starts, *lines, *after, end]
+            return [*symbol_lines(scope, positions), *before, *starts, *lines, *after, end]
         received = [f'            {n} = intermediate_tensors["{n}"]' for n in names]
         sent = ", ".join(f'"{n}": {n}' for n in names)
         return [
-            *symbol_lines(scope),
+            *symbol_lines(scope, positions),
             "        if get_pp_group().is_first_rank:",
             *(f"    {line}" for line in [*before, *starts]),
             "        else:",
@@ -257,14 +258,21 @@ class BodyLines(Whole):
         scope._bound[new], scope.names[node] = node, new
         return f"        {new} = {old}"
 
-    def around(self, nodes: list[fx.Node], embedding: fx.Node, embed: list[str]) -> list[str]:
-        """Statements, with the embedding's own lines in its place."""
+    def before_layers(self) -> list[str]:
+        """Statements up to the layers; what embeds the tokens is a method."""
+        scope, nodes, embedding = self.body, self.root.before, self.embedding
+        if embedding is None:
+            wide = "        input_ids = input_ids.long()  # what the model computes with"
+            return [wide, *statements(scope, nodes, 8)]
+        name = scope.bind(embedding, "hidden_states")
         at = nodes.index(embedding)
-        before = statements(self.body, nodes[:at], 8)
         return [
-            *before,
-            *(f"        {e}" for e in embed),
-            *statements(self.body, nodes[at + 1 :], 8),
+            *statements(scope, nodes[:at], 8),
+            "        if inputs_embeds is not None:",
+            f"            {name} = inputs_embeds",
+            "        else:",
+            f"            {name} = self.embed_input_ids(input_ids)",
+            *statements(scope, nodes[at + 1 :], 8),
         ]
 
 

@@ -66,7 +66,7 @@ class ServedLines(Whole):
             *self.make_empty(),
             "",
             "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
-            f"        return self.{inner}.embed_input_ids(input_ids)",
+            *self.embed_call(),
             "",
             "    def forward(",
             "        self,",
@@ -105,12 +105,22 @@ class ServedLines(Whole):
         return call(self.module.help("check_one_stage"), ["vllm_config", quoted(why)], 8)
 
     def check_embeds(self) -> list[str]:
-        """That the engine hands over no embeddings of another dtype than the table's."""
-        dtype = tensor_type(self.embedding()).dtype
+        """That the engine hands over embeddings in the table's dtype, or none."""
+        if self.embedding is None:
+            return [f"        {self.module.help('check_tokens_given')}(vllm_config)"]
+        dtype = tensor_type(self.embedding).dtype
         if dtype == MODEL_DTYPE:
             return []
         self.module.use("torch")
         return [f"        {self.module.help('check_embeds')}(vllm_config, {dtype})"]
+
+    def embed_call(self) -> list[str]:
+        """What the engine is answered that asks for embeddings of tokens."""
+        if self.embedding is None:
+            return [
+                '        raise NotImplementedError("this model reads tokens, not embeddings alone")'
+            ]
+        return [f"        return self.{self.plan.inner}.embed_input_ids(input_ids)"]
 
     def make_empty(self) -> list[str]:
         """What makes the tensors that a stage receives."""
@@ -169,8 +179,9 @@ class ServedLines(Whole):
             made.append(f"        self.logits_processor.head_dtype = {dtype}")
         head = scope.placed.layers[logits[0]]
         if self.plan.tied:
-            embedding = self.body.placed.layers[self.embedding()]
-            tie = f"self.lm_head.tie_weights(self.{self.plan.inner}.{embedding})"
+            (embedding,) = self.tied_embeddings()
+            table = f"self.{self.plan.inner}.{self.body.placed.layers[embedding]}"
+            tie = f"self.lm_head.tie_weights({table})"
             made.insert(len(lines), f"        self.lm_head = {tie}")
         if not self.staged:
             return made

@@ -7,12 +7,15 @@ from collections import Counter
 
 from torch import fx
 
+from compiler import layers
 from compiler.emit.scope import Module, Scope
+from compiler.ir import tensor_type
 from compiler.loading import loading_of
 from compiler.modules import plan_modules
 from compiler.names import unique
 from compiler.needs import Exact, served_needs
 from compiler.partition import Partitioned
+from compiler.rewrite import is_param
 from compiler.split import split_at_unembedding
 from compiler.stages import root_of, why_one_stage
 from funcmodels.config_json import config_of_fields
@@ -62,19 +65,37 @@ class Whole:
         """Whether the model can be cut into pipeline stages."""
         return why_one_stage(self.split.body, self.root) is None
 
-    def embedding(self) -> fx.Node:
-        """The one operation that reads the tokens."""
+    @property
+    def embedding(self) -> fx.Node | None:
+        """What embeds the tokens, where nothing else reads them.
+
+        A prompt may then be given as embeddings; other models the engine must give tokens.
+        """
         tokens, _ = self.split.body.inputs
         users = list(tokens.users)
-        if len(users) != 1 or users[0].op != "call_function":
+        if not users:
             raise LoweringError(
-                "forward reads the tokens in other ways than one embedding",
-                got=f"{len(users)} uses",
-                need="x = ops.embed(tokens, params[...]), and nothing else of tokens",
-                from_=users[0].meta["where"] if users else None,
-                fix="embed once, and compute everything from x",
+                "forward does not read the tokens",
+                need="x = ops.embed(tokens, params[...])",
+                fix="compute the logits from them",
             )
-        return users[0]
+        return users[0] if len(users) == 1 and _embeds(users[0], tokens) else None
+
+    def tied_embeddings(self) -> list[fx.Node]:
+        """The layer of the body whose table the unembedding takes, if it takes one."""
+        if not self.plan.tied:
+            return []
+        shared = self.split.head.params.keys() & self.split.body.params.keys()
+        found = self.body.placed.layers
+        tables = [n for n in found if n.target is layers.vocab_embedding]
+        return [n for n in tables if str(n.args[1].target) in shared]  # type: ignore[union-attr]
+
+
+def _embeds(node: fx.Node, tokens: fx.Node) -> bool:
+    """Whether a node looks tokens up in a parameter."""
+    if node.op != "call_function" or not tensor_type(node).dtype.is_floating_point:
+        return False
+    return {*node.all_input_nodes} - {tokens} == {n for n in node.all_input_nodes if is_param(n)}
 
 
 def _axes(model: Model) -> dict[str, int]:
