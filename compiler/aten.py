@@ -30,6 +30,8 @@ _PRODUCTS = {"mm", "bmm", "mv", "dot", "matmul"}
 # Functions of torch.nn.functional that take their arguments as aten does.
 _FUNCTIONAL = {"silu", "gelu", "softplus", "leaky_relu", "mish", "hardtanh", "hardswish",
                "hardsigmoid", "relu6"}  # fmt: skip
+# What they make is the same on every rank, and needs no rule.
+_FACTORIES = {"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"}
 _METHODS = {"repeat", "expand", "new_zeros", "new_ones", "new_full"}
 
 
@@ -80,9 +82,9 @@ def as_torch(func: OpOverload, args: Any, kwargs: dict, out: Any) -> Call:
     if name in _METHODS:
         return getattr(Tensor, name), args, said
     known = getattr(F, name) if name in _FUNCTIONAL else getattr(torch, name, None)
-    if known in RULES:
+    if known in RULES or name in _FACTORIES:
         return known, args, said
-    return func, args, kwargs
+    return func, args, said
 
 
 def _in_place(name: str, args: tuple, out: Tensor) -> Call:

@@ -32,7 +32,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from compiler import aten, refuse, transforms
+from compiler import aten, branches, refuse, transforms
 from compiler.ir import (
     MODEL_DTYPE,
     Block,
@@ -159,7 +159,8 @@ class _Tracer(TorchFunctionMode):
         self.model = model
         self.dims = dims
         self.segments = segments
-        self.shapes = ShapeEnv()
+        # By itself torch would take sizes to be 2 or more, and no branch on one token would show.
+        self.shapes = ShapeEnv(specialize_zero_one=False)
         self.fake = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         # An operation is seldom met twice, since a block is recorded once: keys of symbolic shapes
         # take longer than what a cache would spare, a fifth of the time of a trace.
@@ -195,6 +196,8 @@ class _Tracer(TorchFunctionMode):
                 with (
                     self,
                     _device_reads(self._read_device),
+                    branches.seen(self._refuse_branch),
+                    torch.compiler.set_stance("force_eager"),  # what is compiled is recorded too
                     transforms.recorded(self, self.below),
                 ):
                     logits = self._call(self.model.forward, (params, *inputs.values()), {})
@@ -217,7 +220,9 @@ class _Tracer(TorchFunctionMode):
             self.symbols[str(size.node.expr)] = name  # type: ignore[attr-defined]
         names = ["tokens", "positions", *(["segment_ids"] if self.segments else [])]
         with self.fake:
-            return {name: torch.empty_like(tokens) for name in names}
+            inputs = {name: torch.empty_like(tokens) for name in names}
+        self.guards = len(self.shapes.guards)  # what torch asks of a tensor's layout
+        return inputs
 
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""
@@ -268,6 +273,10 @@ class _Tracer(TorchFunctionMode):
         if len(self.shapes.guards) > self.guards:
             guard = self.shapes.guards[self.guards]
             raise refuse.branch_on_size(guard.expr, self.symbols, _line_of(guard))
+
+    def _refuse_branch(self, expression: Any) -> None:
+        self.refused = self.refused or refuse.branch_on_size(expression, self.symbols, users_line())
+        raise self.refused
 
     # Nodes
 

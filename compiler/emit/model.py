@@ -13,11 +13,26 @@ from compiler.emit.served import ServedLines
 from compiler.emit.text import WIDTH, table, wrapped
 from compiler.partition import Partitioned
 from funcmodels import __version__
+from funcmodels.errors import LoweringError
 
 
 def emit_model(program: Partitioned) -> str:
-    """The source of a lowered program's vLLM class, as a file that stands alone."""
-    return _Writer(program).file()
+    """The source of a lowered program's vLLM class, as a file that stands alone.
+
+    Raises:
+        LoweringError: the text is not Python: a fault of the compiler, named as such.
+    """
+    text = _Writer(program).file()
+    try:
+        compile(text, f"{program.model.name}.py", "exec", dont_inherit=True)
+    except SyntaxError as error:
+        raise LoweringError(
+            f"what is written for {program.model.name} is not Python",
+            got=f"{error.msg}: {(error.text or '').strip()}",
+            need="a file that can be imported",
+            fix="this is a fault of the compiler: please report it with this message",
+        ) from error
+    return text
 
 
 class _Writer(BodyLines, ServedLines):

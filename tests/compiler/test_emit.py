@@ -17,6 +17,7 @@ from einops import einsum
 from hypothesis import HealthCheck, given, settings
 
 import funcmodels as fm
+from compiler.emit import expressions
 from compiler.emit.helpers import helpers
 from compiler.emit.scope import IMPORTS
 from compiler.vllm_target import source_for_vllm
@@ -171,9 +172,16 @@ def test_golden(name, golden):
     golden(f"{name}.py.txt", source(name))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_is_python(name):
-    compile(source(name), f"{name}.py", "exec")
+def test_a_text_that_is_not_python_is_not_given(monkeypatch):
+    model = small(
+        lambda p, t, s, segment_ids=None: ops.unembed(
+            torch.neg(ops.embed(t, p["embed"])), p["head"]
+        )
+    )
+    monkeypatch.setitem(expressions._SPECIAL, torch.neg, lambda scope, node: "f(a=1, a=2)")
+    with pytest.raises(LoweringError, match=r"what is written for .* is not Python") as error:
+        source_for_vllm(model)
+    assert "keyword argument repeated: a" in error.value.lines["got"]
 
 
 @pytest.mark.parametrize("name", MODELS)

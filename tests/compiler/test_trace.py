@@ -430,8 +430,19 @@ def padding(p, x, positions):
     return torch.nn.functional.pad(x, (4, 0))[..., :16] + x
 
 
+@torch.compile(backend="eager")
+def compiled_activation(x):
+    return torch.nn.functional.silu(x) * 2
+
+
+def compiled_functions(p, x, positions):
+    """What they do is recorded: what is served, the engine compiles as a whole."""
+    return torch.compile(lambda y: y * p["w"], backend="eager")(compiled_activation(x))
+
+
 WAYS = (
     by_heads, loops, comprehension, conditions, indexing, methods, products, constants, padding,
+    compiled_functions,
 )  # fmt: skip
 
 

@@ -153,6 +153,14 @@ def tangent(p, x, s):
     return x + jvp(lambda y: torch.sin(y) @ p["up"].T, (x,), (x * 0 + 1,))[1] @ p["up"]
 
 
+def makes_tensors(p, x, s):
+    """What torch makes of nothing below a vmap lies where the inputs do."""
+    one = lambda y: y * F.one_hot(y.argmax(), 16).to(y.dtype) + torch.eye(16).sum(0)  # noqa: E731
+    for _ in range(x.dim() - 1):
+        one = vmap(one)
+    return x + one(x)
+
+
 @fm.block
 def a_block(p, x):
     return torch.relu(x @ p["q"].T)
@@ -201,13 +209,14 @@ WORK = {
     body.__name__: body
     for body in (
         over_heads, over_heads_out, over_heads_of_an_activation, over_rows_of_heads, nested,
-        over_several, over_tokens, chunks, gradient, gradient_and_value, tangent, block_inside,
-        inside_a_block, checkpointed, checkpoint_in_a_block, checkpointed_call,
+        over_several, over_tokens, chunks, gradient, gradient_and_value, tangent, makes_tensors,
+        block_inside, inside_a_block, checkpointed, checkpoint_in_a_block, checkpointed_call,
     )
 }  # fmt: skip
 
 
-BATCHED = ("over_heads_out", "over_heads_of_an_activation", "over_tokens", "gradient", "chunks")
+BATCHED = ("over_heads_out", "over_heads_of_an_activation", "over_tokens", "gradient", "chunks",
+           "makes_tensors")  # fmt: skip
 
 
 @pytest.mark.parametrize(
