@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 DIMS = ("dp", "fsdp", "tp")
 
 
+def device_of(mesh: DeviceMesh | None) -> torch.device:
+    """Where a process of a mesh holds its parameters: the current device of the mesh's type.
+
+    NCCL sends nothing from the CPU's memory. Without a mesh it is the CPU.
+    """
+    if mesh is None or mesh.device_type == "cpu":
+        return torch.device("cpu")
+    current = torch.get_device_module(mesh.device_type).current_device()
+    return torch.device(mesh.device_type, current)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process's tensor lies in the whole parameter: a box.

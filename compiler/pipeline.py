@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from compiler.ir import Program, Sym, TensorType
 from compiler.linked import Linked
-from compiler.mesh import Layout, Ranks
+from compiler.mesh import Layout, Ranks, device_of
 from compiler.parts import Part, parts_of
-from compiler.torch_target import put_parameter
+from compiler.torch_target import copied_to, put_parameter
 from compiler.trace import trace
 from funcmodels import tree
 from funcmodels.errors import ShardingError
@@ -36,7 +36,8 @@ def pipeline_stage(model: Model, mesh: DeviceMesh, *, segments: bool = False) ->
         segments: whether `segment_ids` will be given.
     Returns:
         A module with this stage's parameters, on the meta device; fill them with `load` or
-        `reset`, then hand `stage.pipelined(device)` to a schedule.
+        `reset`, which put them on the mesh's current device, then hand `stage.pipelined()` to a
+        schedule.
     Raises:
         ShardingError: the mesh has other dims, or the model cannot be cut into so many stages.
     """
@@ -56,6 +57,7 @@ class ModelStage(nn.Module):
                 fix='pipeline_stage(model, mesh["pp"])',
             )
         self.model = model
+        self.mesh = mesh
         self.group = mesh.get_group("pp")
         self.index, self.count = mesh.get_local_rank("pp"), mesh.size()
         self.program = trace(model, batched=True, segments=segments)
@@ -78,10 +80,10 @@ class ModelStage(nn.Module):
         return {path: own[path] for path in self.paths}
 
     def load(self, weights: Any) -> ModelStage:
-        """Take over the stage's part of a pytree of the model's weights."""
-        values = dict(tree.items(weights))
+        """Take over the stage's part of a pytree of the model's weights, on the mesh's device."""
+        values, device = dict(tree.items(weights)), device_of(self.mesh)
         for path in self.paths:
-            put_parameter(self, path, values[path].detach().clone())
+            put_parameter(self, path, copied_to(values[path].detach(), device))
         return self
 
     def reset(
@@ -89,19 +91,30 @@ class ModelStage(nn.Module):
         *,
         seed: int,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> ModelStage:
-        """Initialise: the same values in any number of stages."""
+        """Initialise: the same values in any number of stages.
+
+        Args:
+            seed, dtype: see `fm.init`.
+            device: of the parameters; by default the mesh's current device.
+        """
+        device = device_of(self.mesh) if device is None else device
         for path in self.paths:
             value = init_one(self.model, path, seed=seed, dtype=dtype, device=device)
             put_parameter(self, path, value)
         return self
 
-    def pipelined(self, device: torch.device | str = "cpu") -> PipelineStage:
-        """This stage as torch's, for a schedule as `ScheduleGPipe` or `Schedule1F1B`."""
+    def pipelined(self, device: torch.device | str | None = None) -> PipelineStage:
+        """This stage as torch's, for a schedule as `ScheduleGPipe` or `Schedule1F1B`.
+
+        Args:
+            device: what the stages send lies there; by default the mesh's current device.
+        """
         from torch.distributed.pipelining import PipelineStage
 
-        return PipelineStage(self, self.index, self.count, torch.device(device), group=self.group)
+        at = device_of(self.mesh) if device is None else torch.device(device)
+        return PipelineStage(self, self.index, self.count, at, group=self.group)
 
     def forward(
         self, *xs: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None

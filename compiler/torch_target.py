@@ -14,7 +14,7 @@ from compiler.evaluate import param_placements
 from compiler.ir import Program
 from compiler.linked import Linked
 from compiler.losses import LossOptions, model_of_losses, next_tokens
-from compiler.mesh import Layout, Place, Ranks
+from compiler.mesh import Layout, Place, Ranks, device_of
 from compiler.partition import Partitioned, partition
 from compiler.reduce import global_mean, summed_late
 from compiler.trace import trace
@@ -48,7 +48,8 @@ def compile_to_torch(
         sequence_parallel: between the layers that tp divides, cut activations over the tokens, and
             with them norms and residuals.
     Returns:
-        A module with parameters on the meta device; fill them with `load` or `reset`.
+        A module with parameters on the meta device; fill them with `load` or `reset`, which put
+        them on the mesh's current device: call `torch.cuda.set_device` first.
     Raises:
         ShardingError: the mesh has a dim of another name, or a size that the model does not allow.
     """
@@ -112,9 +113,12 @@ class CompiledModel(nn.Module):
         return tree.map_with_path(lambda path, _: own[path], self.model.params)
 
     def load(self, weights: Any) -> CompiledModel:
-        """Take over weights: a pytree of whole tensors, of which each process keeps its part."""
+        """Take over weights: a pytree of whole tensors, of which each process keeps its part.
+
+        On a mesh the parts lie on the mesh's device, wherever the weights are.
+        """
         for path, value in tree.items(weights):
-            self._take(path, value)
+            self._take(path, value, value.device if self.mesh is None else device_of(self.mesh))
         return self
 
     def reset(
@@ -122,16 +126,23 @@ class CompiledModel(nn.Module):
         *,
         seed: int,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> CompiledModel:
-        """Initialise: the same values on any mesh."""
+        """Initialise: the same values on any mesh.
+
+        Args:
+            seed, dtype: see `fm.init`.
+            device: of the parameters; by default the mesh's current device, and the CPU without.
+        """
+        device = device_of(self.mesh) if device is None else torch.device(device)
         for path in self.model.by_path:
-            self._take(path, init_one(self.model, path, seed=seed, dtype=dtype, device=device))
+            # Drawn on the CPU, where whole ones have room, and cut before they are moved.
+            self._take(path, init_one(self.model, path, seed=seed, dtype=dtype), device)
         return self
 
-    def _take(self, path: str, whole: Tensor) -> None:
-        own = whole if self.layout is None else self.layout.local(path, whole)
-        put_parameter(self, path, own.detach().clone(memory_format=torch.contiguous_format))
+    def _take(self, path: str, whole: Tensor, device: torch.device) -> None:
+        own = (whole if self.layout is None else self.layout.local(path, whole)).detach()
+        put_parameter(self, path, copied_to(own, device))
 
     def placements(self) -> dict[str, Place]:
         """Where each parameter of this process lies in the whole one, by path.
@@ -309,6 +320,11 @@ def _link(
             program = module.program(batched=batched, segments=segments, losses=losses)
             module.linked[key] = Linked(program, module.layout, dtype, device)
     return True
+
+
+def copied_to(value: Tensor, device: torch.device) -> Tensor:
+    """A contiguous copy on a device, whether or not the value is there already."""
+    return torch.empty(value.shape, dtype=value.dtype, device=device).copy_(value)
 
 
 def put_parameter(module: nn.Module, path: str, value: Tensor) -> None:

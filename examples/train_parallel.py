@@ -35,7 +35,7 @@ def main() -> None:
     mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     module = fm.compile_to_torch(model, mesh, sequence_parallel=args.sequence_parallel)
-    module.reset(seed=0, device=device)
+    module.reset(seed=0)  # on the mesh's device
 
     documents = [list(text.encode()) for text in TEXT.read_text().split("\n\n")]
     packed = fm.pack(documents, length=128)

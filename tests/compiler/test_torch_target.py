@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 import funcmodels as fm
+from compiler import pipeline, torch_target
+from compiler.mesh import device_of
 from funcmodels.errors import ShapeError, ShardingError
 from tests import tiny_llama
 from tests.distributed.ranks import mesh_of, on_ranks
@@ -152,6 +155,29 @@ def test_three_dims_of_tokens_are_refused_on_a_mesh():
         module = fm.compile_to_torch(tiny(), mesh).reset(seed=0)
         with pytest.raises(ShapeError, match="tokens of 3 dims"):
             module(torch.zeros(1, 2, 3, dtype=torch.int64))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_parameters_lie_on_the_meshs_device(monkeypatch):
+    """NCCL sends nothing from the CPU; a mesh of meta stands here for one of GPUs."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert device_of(SimpleNamespace(device_type="cuda")) == torch.device("cuda", 3)
+    assert device_of(None) == torch.device("cpu")
+    for target in (torch_target, pipeline):
+        monkeypatch.setattr(target, "device_of", lambda mesh: torch.device(mesh.device_type))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        for name, make in (("fsdp", fm.compile_to_torch), ("pp", fm.pipeline_stage)):
+            mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+            module = make(tiny(), mesh)
+            monkeypatch.setattr(mesh, "_device_type", "meta")
+            for filled in (module.reset(seed=0), module.load(fm.init(tiny(), seed=0))):
+                assert {p.device.type for p in filled.parameters()} == {"meta"}, name
+            own = module.reset(seed=0, device="cpu")
+            assert {p.device.type for p in own.parameters()} == {"cpu"}, name
+        assert module.pipelined().device == torch.device("meta")
+        assert module.pipelined("cpu").device == torch.device("cpu")
     finally:
         dist.destroy_process_group()
 
