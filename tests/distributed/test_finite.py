@@ -10,7 +10,7 @@ from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
-from tests.distributed.ranks import mesh_of, on_ranks
+from tests.distributed.ranks import DEVICE, mesh_of, on_ranks
 
 VOCAB, DIM = 32, 8
 P = fm.axes(vocab=VOCAB, hidden=DIM)
@@ -76,7 +76,7 @@ def message_of(module: fm.CompiledModel, dim: str, fault: str) -> str:
         whole = dict(fm.tree.items(weights))[path]
         (whole[SPECIAL] if path == "embed" else whole).fill_(value)
     module.load(weights)
-    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, SPECIAL, 8]])
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, SPECIAL, 8]], device=DEVICE)
     rank = torch.distributed.get_rank()
     own = tokens if dim == "tp" else tokens[rank : rank + 1]
     with pytest.raises(fm.errors.NotFiniteError) as error:
@@ -88,11 +88,12 @@ def message_of(module: fm.CompiledModel, dim: str, fault: str) -> str:
 
 def own_loss(module: fm.CompiledModel) -> str:
     """What `fit` says of a mean over the rows of each process."""
-    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])[torch.distributed.get_rank()]
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], device=DEVICE)[torch.distributed.get_rank()]
+    at = torch.arange(4, device=DEVICE)[None]
     with pytest.raises(fm.errors.TrainingError) as error:
         fm.fit(module, module.load(fm.init(MODEL, seed=0)).weights(), [{"tokens": tokens[None]}],
                steps=2, optimizer=fm.optim.sgd(0.1), progress=False,
-               loss=lambda m, w, b: m.pure(w, b["tokens"], torch.arange(4)[None]).square().mean(),
+               loss=lambda m, w, b: m.pure(w, b["tokens"], at).square().mean(),
         )  # fmt: skip
     return str(error.value)
 

@@ -9,12 +9,12 @@ import torch
 
 import funcmodels as fm
 from funcmodels.errors import ShapeError
-from tests.distributed.ranks import mesh_of, on_ranks
-from tests.distributed.training import own_rows
+from tests.distributed.ranks import DEVICE, on_one, on_ranks
+from tests.distributed.training import loaded, own_rows
 from tests.ops.test_loss import Largest
 from tests.tiny_llama import tiny, weights_of
 
-VOCAB, LENGTH, CHUNK = 512, 64, 4
+VOCAB, LENGTH, CHUNK = 1024, 64, 4
 OPTIONS: dict[str, Any] = {"chunk": CHUNK, "label_smoothing": 0.1, "z_loss": 0.01}
 MESHES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "one process": (None, {}),
@@ -32,14 +32,14 @@ def model() -> fm.Model:
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = [36, 28, 64, 16, 20, 48]  # with padding
-    return fm.pack([torch.randint(0, VOCAB, (n,), generator=generator) for n in sizes], LENGTH)
+    rows = fm.pack([torch.randint(0, VOCAB, (n,), generator=generator) for n in sizes], LENGTH)
+    return {name: x.to(DEVICE) for name, x in rows.items()}
 
 
 def loss_and_gradients(name: str) -> tuple[Any, Any, int]:
     """Whole gradients, the loss, and the elements of the largest tensor of a step."""
     mesh, options = MESHES[name]
-    made = fm.compile_to_torch(model(), mesh_of(**mesh) if mesh else None, **options)
-    made.load(weights_of(made.model))
+    made = loaded(model(), mesh, **options)
     rows = batch()
     own = dict(zip(rows, own_rows(made, *rows.values()), strict=True))
     weights = fm.tree.map(lambda p: p.detach(), made.weights())
@@ -68,8 +68,9 @@ def test_the_loss_of_all_rows(name: str, on_two: list[Any]):
     rows, whole = batch(), model()
     assert rows["tokens"].shape == (4, LENGTH)
     want = torch.func.grad_and_value(lambda w: fm.loss(whole, w, rows, **OPTIONS))
-    found = [on_all([name])] if MESHES[name][0] is None else on_two
-    expected = want(weights_of(whole))
+    found = [on_one(on_all, [name])] if MESHES[name][0] is None else on_two
+    weights = fm.tree.map(lambda w: w.to(DEVICE), weights_of(whole))
+    expected = on_one(want, weights)
     for rank in found:
         grads, value, largest = rank[name]
         torch.testing.assert_close(value, expected[1])
@@ -81,6 +82,6 @@ def test_the_loss_of_all_rows(name: str, on_two: list[Any]):
 def test_targets_of_ones_own_are_refused():
     made = fm.compile_to_torch(model())
     made.load(weights_of(made.model))
-    rows = batch()
+    rows = {name: x.cpu() for name, x in batch().items()}
     with pytest.raises(ShapeError, match="a token's target is the token after it"):
         made.loss(made.weights(), {**rows, "targets": rows["tokens"]})

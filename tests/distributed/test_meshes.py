@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import funcmodels as fm
 from compiler import fsdp
-from tests import tiny_llama
-from tests.distributed.ranks import mesh_of, on_ranks
-from tests.distributed.training import STEPS, batch, model, train, train_all
+from tests.distributed.ranks import on_one, on_ranks
+from tests.distributed.training import STEPS, batch, loaded, model, train, train_all
 
 ON_TWO: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {}),
@@ -28,7 +26,7 @@ ON_FOUR: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return train(None)
+    return on_one(train, None)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,7 @@ def test_large_parameters_are_sent_by_themselves(alone: dict[str, Any]):
 
 def whole_at_once() -> dict[str, int]:
     """The most elements of gathered parameters that were there at one time, and of all of them."""
-    module = fm.compile_to_torch(model(), mesh_of(fsdp=2)).load(tiny_llama.weights_of(model()))
+    module = loaded(model(), {"fsdp": 2})
     now, most = 0, 0
     finish, free = fsdp.Gather.finish, fsdp._free
 

@@ -9,10 +9,13 @@ import torch
 
 import funcmodels as fm
 from tests import tiny_llama
-from tests.distributed.ranks import mesh_of, on_ranks
+from tests.distributed.ranks import DEVICE, mesh_of, on_one, on_ranks
 from tests.distributed.training import model
 
-MESHES = {"dp2 x fsdp2": {"dp": 2, "fsdp": 2}, "fsdp2 x tp2": {"fsdp": 2, "tp": 2}}
+MESHES = {  # by how many ranks they have
+    4: {"dp2 x fsdp2": {"dp": 2, "fsdp": 2}, "fsdp2 x tp2": {"fsdp": 2, "tp": 2}},
+    2: {"fsdp2": {"fsdp": 2}, "tp2": {"tp": 2}},
+}
 STEPS = 2
 
 
@@ -38,13 +41,14 @@ def gradients(step: int) -> Any:
     """Of any size; the same on all processes."""
     generator = torch.Generator().manual_seed(step)
     return fm.tree.map(
-        lambda w: torch.randn(w.shape, generator=generator), tiny_llama.weights_of(model())
+        lambda w: torch.randn(w.shape, generator=generator).to(DEVICE),
+        tiny_llama.weights_of(model()),
     )
 
 
 def stepped(module: fm.CompiledModel, optimizer: fm.optim.Optimizer, *, donate: bool) -> Any:
     """Whole weights after some steps."""
-    module.load(tiny_llama.weights_of(module.model))
+    module.load(tiny_llama.weights_of(module.model)).to(DEVICE)
     weights = fm.tree.map(lambda p: p.detach().clone(), module.weights())
     state = optimizer.init(weights)
     for step in range(STEPS):
@@ -58,9 +62,9 @@ def stepped(module: fm.CompiledModel, optimizer: fm.optim.Optimizer, *, donate: 
     return dict(fm.tree.items(module.whole(weights)))
 
 
-def on_meshes() -> dict[tuple[str, str], Any]:
+def on_meshes(ranks: int) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
-    for name, sizes in MESHES.items():
+    for name, sizes in MESHES[ranks].items():
         module = fm.compile_to_torch(model(), mesh_of(**sizes))
         for kind, optimizer in optimizers().items():
             able = fm.optim.sharded(optimizer, module)
@@ -74,18 +78,22 @@ def on_meshes() -> dict[tuple[str, str], Any]:
     return found
 
 
+def alone(optimizer: fm.optim.Optimizer) -> Any:
+    return stepped(fm.compile_to_torch(model()), optimizer, donate=False)
+
+
 @pytest.mark.slow
-def test_steps_of_one_process():
-    found = on_ranks(4, on_meshes)
-    alone = fm.compile_to_torch(model())
+@pytest.mark.parametrize("ranks", MESHES)
+def test_steps_of_one_process(ranks: int):
+    found = on_ranks(ranks, on_meshes, ranks)
     for kind, optimizer in optimizers().items():
-        expected = stepped(alone, optimizer, donate=False)
+        expected = on_one(alone, optimizer)
         # A norm is summed in another order, and float64; a matrix is gathered to the last bit.
         rtol, atol = (0.0, 0.0) if kind == "muon" else (1e-4, 1e-5)
-        for name in MESHES:
+        for name in MESHES[ranks]:
             for rank in found:
                 torch.testing.assert_close(rank[name, kind], expected, rtol=rtol, atol=atol)
-    wrong = found[0]["fsdp2 x tp2", "not asked"]
-    expected = stepped(alone, optimizers()["clipped adamw"], donate=False)
+    wrong = found[0][name, "not asked"]
+    expected = on_one(alone, optimizers()["clipped adamw"])
     with pytest.raises(AssertionError):  # so the test sees a norm that is a part's
         torch.testing.assert_close(wrong, expected, rtol=1e-4, atol=1e-5)

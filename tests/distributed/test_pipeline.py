@@ -17,7 +17,7 @@ from funcmodels import ops
 from funcmodels.errors import ShardingError
 from tests import tiny_llama
 from tests.compiler.programs import TABLE, small
-from tests.distributed.ranks import mesh_of, on_ranks
+from tests.distributed.ranks import DEVICE, mesh_of, on_one, on_ranks
 
 STEPS, VOCAB = 3, 64
 
@@ -29,8 +29,8 @@ def model() -> fm.Model:
 def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, segment ids and targets, of four rows: two microbatches."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB, (4, 9), generator=generator)
-    segments = (torch.arange(8) > 4).long().expand(4, 8)
+    tokens = torch.randint(0, VOCAB, (4, 9), generator=generator).to(DEVICE)
+    segments = (torch.arange(8) > 4).long().expand(4, 8).to(DEVICE)
     return tokens[:, :-1], segments, tokens[:, 1:]
 
 
@@ -74,7 +74,7 @@ def on_two() -> list[Any]:
 
 def alone() -> dict[str, Any]:
     module = fm.compile_to_torch(model())
-    module.load(tiny_llama.weights_of(module.model))
+    module.load(tiny_llama.weights_of(module.model)).to(DEVICE)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
     losses, first = [], None
     for step in range(STEPS):
@@ -91,7 +91,7 @@ def alone() -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["ScheduleGPipe", "Schedule1F1B"])
 def test_two_stages(schedule: str, on_two: list[Any]):
-    expected = alone()
+    expected = on_one(alone)
     first, last = (rank[schedule] for rank in on_two)
     torch.testing.assert_close(last["losses"], expected["losses"], rtol=1e-5, atol=0)
     for kind in ("grads", "weights"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import funcmodels as fm
-from tests.distributed.ranks import mesh_of, on_ranks
+from tests.distributed.ranks import DEVICE, mesh_of, on_one, on_ranks
 from tests.engine.recurrences import recurrent_model
 
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
@@ -23,8 +23,9 @@ def results(mesh: Any, **options: Any) -> dict[str, torch.Tensor]:
     """Logits of packed rows, and the gradients of their sum of squares, whole."""
     model = recurrent_model("conv", "delta", "own")
     module = fm.compile_to_torch(model, mesh, **options).reset(seed=0)
-    tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(40).expand(2, 40)
+    module = module if mesh else module.to(DEVICE)
+    tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions = torch.arange(40).expand(2, 40).to(DEVICE)
     logits = module(tokens, positions, positions // 16)
     logits.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -37,7 +38,7 @@ def on_meshes() -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 def test_two_ranks():
-    alone = results(None)
+    alone = on_one(results, None)
     for rank in on_ranks(2, on_meshes):
         for name, found in rank.items():
             torch.testing.assert_close(found["logits"], alone["logits"], rtol=0, atol=1e-4)

@@ -12,9 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.models import llama
-from tests import tiny_llama
-from tests.distributed.ranks import mesh_of, on_ranks
-from tests.distributed.training import batch, loss_on, model, own_rows
+from tests.distributed.ranks import on_one, on_ranks
+from tests.distributed.training import batch, loaded, loss_on, model, own_rows
 
 
 def again(block: Any) -> Any:
@@ -60,9 +59,7 @@ def model_of(layer: Any) -> fm.Model:
 
 def found_of(mesh: str, layer: str) -> dict[str, Any]:
     """Whole gradients of several kinds, and the bytes that autograd keeps for the first."""
-    sizes = MESHES[mesh]
-    module = fm.compile_to_torch(model_of(LAYERS[layer]), mesh_of(**sizes) if sizes else None)
-    module.load(tiny_llama.weights_of(module.model))
+    module = loaded(model_of(LAYERS[layer]), MESHES[mesh])
     rows = own_rows(module, *batch(0))
     kept: dict[int, int] = {}
 
@@ -109,7 +106,7 @@ def on_two() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> Any:
-    return found_of("one process", "kept")
+    return on_one(found_of, "one process", "kept")
 
 
 @pytest.mark.slow

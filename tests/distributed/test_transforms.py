@@ -9,8 +9,8 @@ import torch
 
 import funcmodels as fm
 from tests import tiny_llama
-from tests.distributed.ranks import mesh_of, on_ranks
-from tests.distributed.training import VOCAB, batch, loss_on, own_rows
+from tests.distributed.ranks import on_one, on_ranks
+from tests.distributed.training import VOCAB, batch, loaded, loss_on, own_rows
 
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {}),
@@ -23,8 +23,7 @@ KINDS = ("forward", "forward over reverse", "reverse over reverse", "autograd tw
 def derivatives(mesh: dict[str, int] | None, **options: Any) -> dict[str, Any]:
     """Derivatives of the loss of a model of one layer, of several orders and in several ways."""
     model = tiny_llama.tiny(vocab_size=VOCAB, num_hidden_layers=1)
-    module = fm.compile_to_torch(model, mesh_of(**mesh) if mesh else None, **options)
-    module.load(tiny_llama.weights_of(model))
+    module = loaded(model, mesh, **options)
     weights = fm.tree.map(lambda p: p.detach(), module.weights())
     along = fm.tree.map(lambda x: torch.full_like(x, 0.1), weights)
     rows = own_rows(module, *batch(0))
@@ -71,7 +70,7 @@ def on_two() -> Any:
 
 @pytest.fixture(scope="module")
 def alone() -> Any:
-    return derivatives(None)
+    return on_one(derivatives, None)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import funcmodels as fm
 from tests import tiny_llama
-from tests.distributed.ranks import mesh_of
+from tests.distributed.ranks import DEVICE, mesh_of
 
 STEPS, ROWS, SEQ, VOCAB = 4, 4, 8, 64
 
@@ -26,7 +26,15 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens = torch.randint(0, VOCAB, (ROWS, SEQ + 1), generator=generator)
     lengths = torch.tensor([8, 2, 5, 1])
     mask = torch.arange(SEQ) < lengths[:, None]
-    return tokens, torch.arange(SEQ).expand(ROWS, SEQ), mask.float()
+    positions = torch.arange(SEQ).expand(ROWS, SEQ)
+    return tokens.to(DEVICE), positions.to(DEVICE), mask.float().to(DEVICE)
+
+
+def loaded(model: fm.Model, mesh: dict[str, int] | None, **options: Any) -> fm.CompiledModel:
+    """A model with the weights of the tests, on a mesh or on one process."""
+    module = fm.compile_to_torch(model, mesh_of(**mesh) if mesh else None, **options)
+    module.load(tiny_llama.weights_of(model))
+    return module if mesh else module.to(DEVICE)  # a mesh says itself where its weights lie
 
 
 def own_rows(module: fm.CompiledModel, *tensors: Tensor) -> list[Tensor]:
@@ -53,8 +61,7 @@ def loss_on(
 
 def train(mesh: dict[str, int] | None, **options: Any) -> dict[str, Any]:
     """Losses, the first gradients by torch.func and by autograd, the last weights; all whole."""
-    module = fm.compile_to_torch(model(), mesh_of(**mesh) if mesh else None, **options)
-    module.load(tiny_llama.weights_of(module.model))
+    module = loaded(model(), mesh, **options)
     weights = fm.tree.map(lambda p: p.detach(), module.weights())
     losses, first = [], None
     for step in range(STEPS):
