@@ -1,155 +1,126 @@
 """Weak scaling of training over processes, and the share of time that they wait for each other.
 
-    python -m benchmarks.scaling [--quick] [--rows N] [--rounds N] [--json FILE]
+    python -m benchmarks.scaling [--quick] [--rows N] [--rounds N] [--mesh NAME ...] [--json FILE]
+    python -m benchmarks.scaling --device cuda [--compiled] ...
 
-The training benchmark's shape with 8 heads in place of 9, which two ranks divide, in float32; a
-step is forward, backward and AdamW on rows of 512 tokens. One process works on N rows, two on 2N:
-along dp and fsdp each has N of its own, along tp both work on all of them. The efficiency is the
-tokens per second of two processes against twice those of one. Each process has one thread; on a
-machine with fewer free cores than processes the figures mean nothing.
+A step is forward, backward and AdamW. One process works on N rows, n of them on n times as many:
+along dp and fsdp each has its own, along tp all work on the same ones. The efficiency is the tokens
+per second of n processes against n times those of one. Memory is the peak of the first process:
+what it grows to from before the model on a CPU, what is allocated on a GPU.
+
+On a CPU: the training benchmark's shape with 8 heads in place of 9, which two ranks divide, in
+float32, on rows of 512 tokens, over gloo. Each process has one thread. On GPUs: Llama-3.2-1B's, in
+bfloat16, on rows of 4096, over NCCL, a GPU a process. Meshes of more processes than there are cores
+or GPUs are left out.
 """
 
 import os
 import tempfile
-import time
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 import typer
-from torch.distributed.device_mesh import init_device_mesh
 
-import funcmodels as fm
+from benchmarks import gpu_train, train_task
+from benchmarks.gpu_time import progress
+from benchmarks.scaling_process import Mesh, Task, train
 from benchmarks.table import Row, report
-from benchmarks.train_task import HF, LENGTH, QUICK_LAYERS
-from compiler import comm
-from funcmodels.models import llama
 
-MESHES: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "one process": (None, {}),
-    "dp2": ("dp", {}),
-    "fsdp2": ("fsdp", {}),
-    "tp2": ("tp", {}),
-    "tp2, sequence parallel": ("tp", {"sequence_parallel": True}),
+MESHES: dict[str, Mesh] = {
+    "dp2": Mesh({"dp": 2}),
+    "fsdp2": Mesh({"fsdp": 2}),
+    "tp2": Mesh({"tp": 2}),
+    "tp2, sequence parallel": Mesh({"tp": 2}, sequence_parallel=True),
+    "fsdp2 x tp2": Mesh({"fsdp": 2, "tp": 2}),
 }
 
 
-def weak_scaling(*, layers: int, rows: int, rounds: int) -> list[Row]:
-    """A row for each mesh of two processes: tokens per second against twice one process's."""
-    found = {}
-    for name, (dim, options) in MESHES.items():
-        n = 1 if dim is None else 2
-        with tempfile.TemporaryDirectory() as folder:
-            args = (n, folder, dim, options, layers, rows, rounds)
-            mp.start_processes(_process, args, nprocs=n, start_method="spawn")
-            found[name] = torch.load(Path(folder) / "found.pt")
-    alone = found.pop("one process")
+def task_of(device: str, layers: int | None, rows: int, rounds: int, compiled: bool) -> Task:
+    """What is trained on a device."""
+    if device == "cuda":
+        hf, dtype, length = gpu_train.HF, torch.bfloat16, 4096
+    else:
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+        hf, dtype, length = {**train_task.HF, **heads}, torch.float32, train_task.LENGTH
+    if layers is not None:
+        hf = {**hf, "num_hidden_layers": layers}
+    return Task(device, hf, dtype, rows, length, rounds, compiled)
+
+
+def measured(task: Task, mesh: Mesh) -> dict[str, float]:
+    """What the first process of a mesh has measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(train, (task, mesh, folder), nprocs=mesh.processes, start_method="spawn")
+        return torch.load(Path(folder) / "found.pt")
+
+
+def rows_of(name: str, n: int, found: dict[str, float], alone: dict[str, float]) -> list[Row]:
+    """Speed and memory of n processes against those of one."""
+    speed, whole = found["speed"], n * alone["speed"]
+    shares = {key: value for key, value in found.items() if key.startswith("share")}
+    peak, ratio = found["peak"], alone["peak"] / found["peak"]
     return [
-        Row(
-            f"{name}, {value['loss']:.4f}",
-            value["speed"],
-            2 * alone["speed"],
-            "twice one process",
-            value["speed"] / (2 * alone["speed"]),
-            "tokens/s",
-            {"share of time in collectives": value["share"], "peak MB": value["peak"]}
-            | {"one process's peak MB": alone["peak"]},
-        )
-        for name, value in found.items()
-    ]
+        Row(f"{name}, loss {found['loss']:.4f}", speed, whole, f"{n} x one process",
+            speed / whole, "tokens/s", shares),
+        Row(f"{name}, peak of a process", peak, alone["peak"], "one process", ratio, "MB"),
+    ]  # fmt: skip
 
 
-def _process(
-    rank: int,
-    n: int,
-    folder: str,
-    dim: str | None,
-    options: dict[str, Any],
-    layers: int,
+def run(
+    *,
+    device: str = "cpu",
+    layers: int | None = None,
     rows: int,
     rounds: int,
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=n)
-    sizes = {"num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 4}
-    model = llama.model(llama.Config.from_hf({**HF, **sizes}))
-    mesh = None if dim is None else init_device_mesh("cpu", (n,), mesh_dim_names=(dim,))
-    module = fm.compile_to_torch(model, mesh, **options).reset(seed=0)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    drawn = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, HF["vocab_size"], (n * rows, LENGTH), generator=drawn)
-    if dim in ("dp", "fsdp"):
-        tokens = tokens.chunk(n)[rank]
-    waited = _Waited()
-    times, shares, loss = [], [], torch.zeros(())
-    for _ in range(rounds + 1):
-        waited.seconds, start = 0.0, time.perf_counter()
-        logits = module(tokens)[:, :-1].flatten(0, 1)
-        loss = module.mean(F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none"))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-        shares.append(waited.seconds / times[-1])
-    if rank == 0:
-        value = {
-            "speed": n * rows * LENGTH / median(times[1:]),
-            "share": median(shares[1:]),
-            "peak": _peak(),
-            "loss": loss.item(),
-        }
-        torch.save(value, Path(folder) / "found.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-class _Waited:
-    """The time that this process spends in starting collectives and in waiting for them."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.ops, comm._c10d = comm._c10d, self  # type: ignore[assignment]
-
-    def __getattr__(self, name: str) -> Any:
-        op = getattr(self.ops, name)
-
-        def timed(*args: Any, **given: Any) -> Any:
-            start = time.perf_counter()
-            out = op(*args, **given)
-            self.seconds += time.perf_counter() - start
-            return out
-
-        return timed
-
-
-def _peak() -> float:
-    """The largest resident memory of this process so far, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def run(*, layers: int, rows: int, rounds: int, json: Path | None = None) -> list[Row]:
+    compiled: bool = False,
+    meshes: list[str] | None = None,
+    json: Path | None = None,
+) -> list[Row]:
     """Measure, and print a table."""
-    cores = len(os.sched_getaffinity(0))
-    found = weak_scaling(layers=layers, rows=rows, rounds=rounds)
-    title = f"Weak scaling, {layers} layers, {rows} rows of {LENGTH} a process, {cores} cores"
-    report(title, found, json)
+    there = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    task = task_of(device, layers, rows, rounds, compiled)
+    alone = measured(task, Mesh({}))
+    progress(f"one process: {alone['speed']:,.0f} tokens/s")
+    found: list[Row] = []
+    for name in meshes or MESHES:
+        n = MESHES[name].processes
+        if n > there:
+            progress(f"{name} is left out: {n} processes, {there} {device} devices or cores")
+            continue
+        found += rows_of(name, n, measured(task, MESHES[name]), alone)
+        progress(f"{name} measured")
+    kind = f"{there} GPUs" if device == "cuda" else f"{there} cores"
+    what = f"{task.hf['num_hidden_layers']} layers, {rows} rows of {task.length} a process"
+    report(f"Weak scaling, {what}, {kind}{', compiled' if compiled else ''}", found, json)
     return found
 
 
 def main(
+    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
     quick: Annotated[bool, typer.Option(help="fewer layers")] = False,
-    rows: int = 2,
-    rounds: int = 5,
+    compiled: Annotated[bool, typer.Option(help="the loss under torch.compile; cuda only")] = False,
+    mesh: Annotated[list[str] | None, typer.Option(help="of these alone")] = None,
+    rows: Annotated[int, typer.Option(help="of a process")] = 2,
+    rounds: Annotated[int, typer.Option(help="timed steps")] = 5,
     json: Annotated[Path | None, typer.Option(help="where to write the rows")] = None,
 ) -> None:
-    """Weak scaling of training on two processes."""
-    layers = QUICK_LAYERS if quick else HF["num_hidden_layers"]
-    run(layers=layers, rows=rows, rounds=rounds, json=json)
+    """Weak scaling of training over processes."""
+    unknown = [name for name in mesh or () if name not in MESHES]
+    if unknown:
+        raise typer.BadParameter(f"no mesh {unknown[0]!r}; there are {', '.join(MESHES)}")
+    if compiled and device == "cpu":
+        raise typer.BadParameter("--compiled is of --device cuda: what is timed here is in Python")
+    run(
+        device=device,
+        layers=train_task.QUICK_LAYERS if quick else None,
+        rows=rows,
+        rounds=rounds,
+        compiled=compiled,
+        meshes=mesh,
+        json=json,
+    )
 
 
 if __name__ == "__main__":
