@@ -105,7 +105,8 @@ def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
 
 
 @pytest.mark.slow
-def test_two_hosts(alone: tuple[float, float]):
+@pytest.mark.parametrize("dim", ["dp", "fsdp"])
+def test_two_hosts(dim: str, alone: tuple[float, float]):
     with two_hosts() as hosts:
         processes = []
         for i, (name, cable, address) in enumerate(hosts):
@@ -118,7 +119,7 @@ def test_two_hosts(alone: tuple[float, float]):
                 # By its name this machine is both hosts; on two machines torchrun finds it out.
                 *("--rdzv-conf", f"is_host={int(i == 0)}"),
                 *PROGRAM,
-                *("--dp", "2"),
+                *(f"--{dim}", "2"),
             ]
             processes.append(
                 subprocess.Popen(
