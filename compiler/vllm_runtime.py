@@ -33,10 +33,28 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 
+def kernels_round(dtype: torch.dtype) -> bool:
+    """Whether vLLM's CPU kernels round to a dtype; without AVX512-BF16 they cut bfloat16 off."""
+    return dtype != torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
+
+
+def normed_wide(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float):
+    """Root-mean-square normalisation by vLLM's kernel in float32, rounded once by torch."""
+    wide = x.float() if residual is None else x.float() + residual
+    # The kernel reads a tensor's rows one after another, and writes no strides.
+    wide = wide.contiguous()
+    out = torch.empty_like(wide)
+    _custom_ops.rms_norm(out, wide, weight, eps)
+    y = out.to(x.dtype)
+    return y if residual is None else (y, wide.to(x.dtype))
+
+
 class FastRMSNorm(RMSNorm):
     """vLLM's RMSNorm; run eagerly on a CPU, by vLLM's kernel and not by ten operations."""
 
     def forward_cpu(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        if not kernels_round(x.dtype):
+            return normed_wide(x, residual, self.weight.float(), self.variance_epsilon)
         if residual is None:
             # The kernel reads a tensor's rows one after another, and writes no strides.
             x = x.contiguous()
@@ -55,13 +73,7 @@ class FastGemmaRMSNorm(GemmaRMSNorm):
     def forward_cpu(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         if x.dtype == torch.float32:  # vLLM's own bits: int8 after a norm shows the last of them
             return self.forward_native(x, residual)
-        wide = x.float() if residual is None else x.float() + residual
-        # The kernel reads a tensor's rows one after another, and writes no strides.
-        wide = wide.contiguous()
-        out = torch.empty_like(wide)
-        _custom_ops.rms_norm(out, wide, self.weight.float() + 1.0, self.variance_epsilon)
-        normed = out.to(x.dtype)
-        return normed if residual is None else (normed, wide.to(x.dtype))
+        return normed_wide(x, residual, self.weight.float() + 1.0, self.variance_epsilon)
 
 
 class FastSiluAndMul(SiluAndMul):
