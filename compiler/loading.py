@@ -29,7 +29,8 @@ class Loading:
         stacked: part of a name -> (part of the fused name, shard), as vLLM's mapper takes it.
         layouts: pattern of names -> (einops pattern, sizes), for tensors stored in another layout.
         ignored: patterns of names to pass over.
-        prefix, prefixed: a beginning of names that may be left out, and what then comes first.
+        prefix, prefixed: a beginning of names that may be left out, and what then comes first; or
+            without `prefixed`, one that may be there and is not the model's.
         tied: names under which a tensor may be stored again -> the tensor's own name.
         head: the tensor that is the table of embedding and unembedding in one.
         split: tensors that are stacked -> their parts, in order.
@@ -155,6 +156,9 @@ class Loading:
         if self.prefixed:
             arguments = f"weights, {quoted(self.prefix)}, {literal(self.prefixed)}"
             read += [f"        weights = {module.help('with_prefix')}({arguments})"]
+        elif self.prefix:
+            arguments = f"weights, {quoted(self.prefix)}"
+            read += [f"        weights = {module.help('without_prefix')}({arguments})"]
         if self.shared:
             read += [f"        weights = {module.help('set_apart')}(weights, SHARED, self.awaited)"]
         if self.split or self.repeated:

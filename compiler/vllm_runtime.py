@@ -380,7 +380,7 @@ class CheckpointNames(WeightsMapper):
 
 def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
     """Refuse a folder whose config.json is not the one this file was compiled for."""
-    config = vllm_config.model_config.hf_config
+    config = vllm_config.model_config.hf_text_config  # of a model of text and images, its own part
     rope = getattr(config, "rope_parameters", None) or {}
     if "full_attention" not in compiled_for.get("rope_parameters", {}):
         rope = rope.get("full_attention") or rope  # one for each type of layer, spelled as one
@@ -475,6 +475,12 @@ def with_prefix(weights: Iterable[tuple[str, torch.Tensor]], prefix: str, firsts
     """The same weights; names that begin with one of `firsts` have the prefix before them."""
     for name, weight in weights:
         yield (prefix + name if name.partition(".")[0] in firsts else name), weight
+
+
+def without_prefix(weights: Iterable[tuple[str, torch.Tensor]], prefix: str):
+    """The same weights; names that begin with the prefix have it no more."""
+    for name, weight in weights:
+        yield name.removeprefix(prefix), weight
 
 
 def set_apart(

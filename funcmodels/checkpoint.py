@@ -84,11 +84,8 @@ def load(
 
 
 def _as_declared(model: Model, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors on disk, with the beginning of their names that the checkpoint may leave out."""
-    return {
-        model.hf_prefix + name if name.partition(".")[0] in model.prefixed else name: tensor
-        for name, tensor in stored.items()
-    }
+    """The tensors on disk, whether or not their names begin as the model's do."""
+    return {model.declared_name(name): tensor for name, tensor in stored.items()}
 
 
 def _check_tied(model: Model, weights: Any, stored: Mapping[str, Any]) -> None:

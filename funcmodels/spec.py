@@ -129,7 +129,8 @@ class Model:
         hf_config: what config.json is to hold beside `architectures`; None builds it from `config`.
         hf_architectures: further names for `architectures`, so that others can load the folder too.
         hf_ignored: names of checkpoint tensors to pass over, with `*` for anything.
-        hf_prefix: a beginning of tensor names that a checkpoint may leave out, as "transformer.".
+        hf_prefix: a beginning of tensor names that a checkpoint may have or leave out, as
+            "transformer."; it is written as the parameters declare it.
         hf_tied: names under which a checkpoint may store a parameter again -> its path. Where one
             is stored, it must be equal: a checkpoint whose weights are not tied is refused.
         task: what forward's result is for. "generate": logits of the next token. "embed" and
@@ -218,6 +219,12 @@ class Model:
         names = (name for map_ in self.tensor_maps.values() for name in map_.names)
         own = (n.removeprefix(self.hf_prefix) for n in names if n.startswith(self.hf_prefix))
         return frozenset(name.partition(".")[0] for name in own) if self.hf_prefix else frozenset()
+
+    def declared_name(self, name: str) -> str:
+        """A tensor's name in a checkpoint, with or without `hf_prefix` as it is declared."""
+        if self.prefixed:
+            return self.hf_prefix + name if name.partition(".")[0] in self.prefixed else name
+        return name.removeprefix(self.hf_prefix)
 
     @property
     def num_parameters(self) -> int:

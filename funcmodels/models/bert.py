@@ -6,7 +6,8 @@ length 1 with `normalize` (arXiv:1908.10084).
 
 Checked with: all-MiniLM-L6-v2; tiny random `transformers` models; the configs of MiniLM-L6 and
 bge-base. config.json does not say how a sequence becomes one vector: `fm.load_model` reads that
-from modules.json, as sentence-transformers writes it; else add `pooling` to config.json.
+from modules.json, as sentence-transformers writes it; without it say so, as in
+`fm.load_model(folder, pooling="mean")`, also of a `BertForMaskedLM`.
 Not supported: a second segment (all tokens are of type 0), BERT's own pooler and heads, which are
 passed over, dropout, cross-attention, loading quantised checkpoints (the engine does),
 activations but GELU.
@@ -163,7 +164,8 @@ def model(cfg: Config) -> fm.Model:
         sharding={"vocab": "tp", "heads": "tp", "mlp": "tp"},
         hf_config=cfg.to_hf(),
         hf_architectures=("BertModel",),
-        hf_ignored=("pooler.dense.*", "embeddings.position_ids"),
+        hf_ignored=("pooler.dense.*", "embeddings.position_ids", "cls.*"),
+        hf_prefix="bert.",  # of checkpoints with a head
         task="embed",
         pooling=cfg.pooling,
         normalize=cfg.normalize,

@@ -9,8 +9,11 @@ Paper: Gemma 3, arXiv:2503.19786.
 
 Checked with: tiny random `transformers` models for each feature above; the configs of 270M, 1B and
 27B (its text model's). Published weights were not run.
-Not supported: images (`Gemma3ForConditionalGeneration`), attention to both sides, loading
-quantised checkpoints (the engine does), attention dropout.
+Of `Gemma3ForConditionalGeneration`, as 4B, 12B and 27B are published, the text model is read, which
+computes the same without images. The tensors of the vision tower and its projector are passed over,
+and `fm.save` writes a `Gemma3ForCausalLM`.
+Not supported: images, attention to both sides, loading quantised checkpoints (the engine does),
+attention dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import einsum
@@ -37,6 +40,22 @@ def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
         "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(hf["num_hidden_layers"])
     )
+
+
+# Beside `text_config`, what is of images and of training alone.
+_OF_IMAGES = ("vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index",
+              "eoi_token_index")  # fmt: skip
+
+
+def _text_of(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text model's part of a config.json, which is all of it where there are no images."""
+    if "text_config" not in hf:
+        return hf
+    known = ("text_config", "tie_word_embeddings", *_OF_IMAGES)
+    hf_config.check_fields(hf, model="models.gemma3", known=known)
+    hf_config.check_values(hf, model="models.gemma3", only={"model_type": ("gemma3",)})
+    tied = hf.get("tie_word_embeddings")
+    return ({} if tied is None else {"tie_word_embeddings": tied}) | hf["text_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +90,10 @@ class Config(hf_config.ZooConfig):
     final_logit_softcapping: float | None = None
     attention_bias: bool = False
     tie_word_embeddings: bool = True
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        return super().from_hf(_text_of(hf))
 
     @classmethod
     def plain(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -237,5 +260,7 @@ def model(cfg: Config) -> fm.Model:
         sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"},
         hf_config=cfg.to_hf(),
         hf_architectures=("Gemma3ForCausalLM",),
+        hf_ignored=("vision_tower.*", "multi_modal_projector.*"),
+        hf_prefix="language_model.",  # of checkpoints with images
         hf_tied={"lm_head.weight": "embed"} if cfg.tie_word_embeddings else {},
     )

@@ -7,7 +7,8 @@ vector a sequence by `pooling`, of length 1 with `normalize`.
 Paper: ModernBERT, arXiv:2412.13663.
 
 Checked with: tiny random `transformers` models; the configs of ModernBERT-base and large. Published
-weights were not run. How a sequence becomes one vector: see models/bert.py.
+weights were not run. How a sequence becomes one vector: see models/bert.py; of the published
+`ModernBertForMaskedLM`, `fm.load_model(folder, pooling="mean")` is the encoder.
 Not supported: the masked language model's head, which is passed over, dropout, scaled rotary
 embeddings, loading quantised checkpoints (the engine does).
 """
@@ -220,6 +221,7 @@ def model(cfg: Config) -> fm.Model:
         hf_config=cfg.to_hf(),
         hf_architectures=("ModernBertModel",),
         hf_ignored=("head.*", "decoder.*"),
+        hf_prefix="model.",  # of checkpoints with a head, as the published ones
         task="embed",
         pooling=cfg.pooling,
         normalize=cfg.normalize,

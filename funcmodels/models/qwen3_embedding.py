@@ -62,6 +62,8 @@ def model(cfg: Config) -> fm.Model:
         sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"},
         hf_config=cfg.to_hf(),
         hf_architectures=("Qwen3Model",),
+        hf_ignored=("lm_head.weight",),
+        hf_prefix="model.",  # of checkpoints that generate text
         task="embed",
         pooling=cfg.pooling,
         normalize=cfg.normalize,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
+import re
 from pathlib import Path
 
 from funcmodels.atomic import recover
-from funcmodels.errors import ConfigError
+from funcmodels.errors import ConfigError, listed
 from funcmodels.models.sentence import pooling_of
 from funcmodels.spec import Model
 
@@ -39,6 +41,7 @@ ZOO = {
     "Qwen2ForCausalLM": "funcmodels.models.qwen2",
     "FmGemma3ForCausalLM": "funcmodels.models.gemma3",
     "Gemma3ForCausalLM": "funcmodels.models.gemma3",
+    "Gemma3ForConditionalGeneration": "funcmodels.models.gemma3",
     "FmQwen3ForCausalLM": "funcmodels.models.qwen3",
     "FmGlm4MoeForCausalLM": "funcmodels.models.glm4_moe",
     "Glm4MoeForCausalLM": "funcmodels.models.glm4_moe",
@@ -80,11 +83,20 @@ ZOO = {
 }
 
 
-def load_model(folder: str | Path) -> Model:
+# What an architecture's name ends with where its encoder or decoder is followed by a head.
+_HEAD = re.compile("For(CausalLM|MaskedLM|PreTraining)$")
+
+
+def load_model(
+    folder: str | Path, *, pooling: str | None = None, normalize: bool | None = None
+) -> Model:
     """The zoo's model for a checkpoint folder, from its config.json; weights stay on disk.
 
     Args:
         folder: a Hugging Face folder; `fm.load(model, folder)` then reads its tensors.
+        pooling: "mean", "cls" or "last" makes an embedding model of what was published with a head
+            for tokens, as ModernBERT or Llama, and passes over the tensors of that head. None takes
+            what modules.json and config.json say; so does `normalize`.
     Raises:
         ConfigError: no config.json, an architecture that the zoo lacks, or a config that its file
             does not support.
@@ -98,18 +110,34 @@ def load_model(folder: str | Path) -> Model:
             need="a Hugging Face checkpoint folder, as fm.save writes it",
             fix="pass the folder that holds config.json and the .safetensors files",
         )
-    pooling = pooling_of(folder)
-    hf = json.loads(path.read_text()) | pooling
+    asked = {"pooling": pooling, "normalize": normalize}
+    asked = pooling_of(folder) | {key: value for key, value in asked.items() if value is not None}
+    hf = json.loads(path.read_text()) | asked
     names = hf.get("architectures") or []
-    if pooling:  # some are published as if they generated text
-        names = [name.replace("ForCausalLM", "Model") for name in names]
+    if "pooling" in hf:  # some are published as if they generated text
+        names = [_HEAD.sub("Model", name) for name in names]
     module = next((ZOO[name] for name in names if name in ZOO), None)
     if module is None:
-        raise ConfigError(
-            f"no model of the zoo reads {folder}",
-            got=f"architectures={names}",
-            need=f"one of {', '.join(ZOO)}",
-            fix="declare the model and pass it: fm.load(model, folder)",
-        )
+        raise _unknown(folder, names)
     zoo = importlib.import_module(module)
     return zoo.model(zoo.Config.from_hf(hf))
+
+
+def _unknown(folder: Path, names: list[str]) -> ConfigError:
+    """The refusal of architectures that the zoo lacks: it may have their encoder, or near ones."""
+    got = f"architectures={names}"
+    if any(_HEAD.sub("Model", name) in ZOO for name in names):
+        return ConfigError(
+            f"the zoo has no model with the head of {folder}",
+            got=got,
+            need="a way to make one vector of a sequence; the head's tensors are passed over then",
+            fix=f'fm.load_model("{folder}", pooling="mean"), or "cls", or "last"',
+        )
+    published = [name for name in ZOO if not name.startswith("Fm")]
+    near = difflib.get_close_matches(names[0] if names else "", published, n=3)
+    return ConfigError(
+        f"no model of the zoo reads {folder}",
+        got=got,
+        need=f"one of {len(published)} architectures" + (f", as {listed(near)}" if near else ""),
+        fix="declare the model and pass it: fm.load(model, folder)",
+    )
