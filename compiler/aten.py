@@ -65,6 +65,8 @@ def as_torch(func: OpOverload, args: Any, kwargs: dict, out: Any) -> Call:
         return _t(args[0])
     if name == "select":
         return operator.getitem, (args[0], _along(args[0], args[1], args[2])), {}
+    if name in ("ones_like", "zeros_like") and not out.ndim:  # of a number, and not of what it is
+        return torch.full, ((), float(name == "ones_like")), {"dtype": out.dtype}
     if name == "slice":
         return operator.getitem, (args[0], _along(args[0], _at(args, 1, 0), _slice(args))), {}
     if name == "index":

@@ -9,12 +9,14 @@ Checkpointing is about memory in training alone: the function is called, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch._functorch import apis, eager_transforms
@@ -77,7 +79,57 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
     """A function on a transform's tensors."""
     if func in (torch.cat, torch.concat, torch.concatenate, torch.stack):
         return _joined(func, *_parts_and_dim(*args, **kwargs))
+    if func in _SPELLED and _is_differentiating():
+        return _SPELLED[func](*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _is_differentiating() -> bool:
+    kinds = {level.key() for level in functorch.get_interpreter_stack() or ()}
+    return bool(kinds & {functorch.TransformType.Grad, functorch.TransformType.Jvp})
+
+
+def _silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """Its own derivative is written in place, as mish's."""
+    return x * torch.sigmoid(x)
+
+
+def _mish(x: Tensor, inplace: bool = False) -> Tensor:
+    return x * torch.tanh(F.softplus(x))
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU of operations whose derivatives hold for any number of tokens: its own fixes that."""
+    if approximate == "tanh":
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    return 0.5 * x * torch.erfc(x * -math.sqrt(0.5))  # 1 + erf would cancel
+
+
+def _log_sigmoid(x: Tensor) -> Tensor:
+    """Its own derivative takes a buffer along, that is of no shape on a GPU."""
+    return -F.softplus(-x)
+
+
+def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    """Its own derivative is written in place."""
+    x = x if min is None else torch.where(x < min, min, x)
+    return x if max is None else torch.where(x > max, max, x)
+
+
+# While something is differentiated: what torch's own derivatives of cannot be recorded.
+_SPELLED: dict[Any, Callable[..., Any]] = {
+    F.silu: _silu, F.mish: _mish, F.gelu: _gelu, F.logsigmoid: _log_sigmoid,
+    torch.clamp: _clamp, Tensor.clamp: _clamp, torch.clip: _clamp, Tensor.clip: _clamp,
+}  # fmt: skip
+
+
+def _basis(tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """The standard basis that jacfwd takes its columns along; torch's own is written in place."""
+    parts = torch.eye(sum(counts)).split(list(counts), -1)
+    return tuple(
+        part.to(x.dtype).contiguous().reshape(-1, *x.shape)
+        for part, x in zip(parts, tensors, strict=True)
+    )
 
 
 def _parts_and_dim(tensors: Any, dim: int = 0) -> tuple[list[Tensor], int]:
@@ -123,9 +175,15 @@ def recorded(tracer: TorchFunctionMode, mode: Below) -> Iterator[None]:
 
         return run
 
+    def basis(tensors: Sequence[Tensor], counts: Sequence[int]) -> Any:
+        given = tracer in _get_current_function_mode_stack()
+        return (_basis if given else torch_basis)(tensors, counts)
+
+    torch_basis = eager_transforms._construct_standard_basis_for
     plain = SimpleNamespace(apply=lambda function, _, *args: function(*args))
     new = [(at, name, listened(getattr(at, name))) for at, name in _BEGINNINGS]
     new += [(at, name, refused(getattr(at, name))) for at, name in _HALVES]
+    new += [(eager_transforms, "_construct_standard_basis_for", basis)]
     new += [(checkpointing, "CheckpointFunction", plain)]
     new += [(checkpointing, "_checkpoint_without_reentrant_generator", _no_checkpoint)]
     before = [(at, name, getattr(at, name)) for at, name, _ in new]

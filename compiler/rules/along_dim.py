@@ -120,6 +120,17 @@ def along_dim(view: View) -> Decision | None:
     return Decision({x: at, **dict.fromkeys(rest, at)}, out)
 
 
+@rule(
+    torch.ops.aten._softmax_backward_data.default, torch.ops.aten._log_softmax_backward_data.default
+)
+def gradient_of_softmax(view: View) -> Decision | None:
+    """Of a cotangent and a softmax, over a dim that must be whole."""
+    found = elementwise(view)
+    dim = dim_of(view.node.args[2], len(view.type(view.node).shape))  # type: ignore[arg-type]
+    over_cut = found is None or (isinstance(found.output, Shard) and found.output.dim == dim)
+    return None if over_cut else found
+
+
 @rule(F.cosine_similarity)
 def cosine_similarity(view: View) -> Decision | None:
     """Along other dims than the cut one, of two tensors of one shape."""

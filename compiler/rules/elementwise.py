@@ -26,6 +26,15 @@ _UNARY = (
     torch.acosh, torch.atanh, torch.logit, torch.frac, torch.positive, torch.signbit, torch.sinc,
     torch.erfinv, torch.sgn,
 )  # fmt: skip
+# Derivatives of activations, as torch.func.grad inside a model leaves them.
+_aten = torch.ops.aten
+_OF_GRADIENTS = (
+    _aten.elu.default, _aten.celu.default, _aten.elu_backward.default,
+    _aten.gelu_backward.default, _aten.hardswish_backward.default,
+    _aten.hardtanh_backward.default, _aten.leaky_relu_backward.default,
+    _aten.sigmoid_backward.default, _aten.softplus_backward.default, _aten.tanh_backward.default,
+    _aten.threshold_backward.default,
+)  # fmt: skip
 _BINARY = (
     torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.minimum,
     torch.floor_divide, torch.remainder, torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge,
@@ -38,7 +47,7 @@ _BINARY = (
 )  # fmt: skip
 
 
-@rule(*_UNARY, *_BINARY)
+@rule(*_UNARY, *_BINARY, *_OF_GRADIENTS)
 def elementwise(view: View) -> Decision | None:
     """The first sharded operand decides; the others follow, or are cut: that costs nothing."""
     rank = len(view.type(view.node).shape)

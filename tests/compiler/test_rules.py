@@ -125,6 +125,10 @@ BINARY = (
     ops.swiglu, torch.logaddexp, torch.logaddexp2, torch.hypot, torch.copysign, torch.fmax,
     torch.fmin, torch.isclose,
 )  # fmt: skip
+DIFFERENTIATED = (
+    F.elu, F.celu, F.relu, torch.tanh, torch.sigmoid, F.softplus, F.leaky_relu, F.hardtanh,
+    F.hardswish, torch.ops.aten.gelu,
+)  # fmt: skip
 LOGICAL = (torch.logical_and, torch.logical_or, torch.logical_xor)
 BITWISE = (torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor)
 
@@ -375,6 +379,11 @@ ROWS = [
     row("F.rms_norm of the cut, no eps", lambda x, w: F.rms_norm(x, (12,), w), "b a/tp", "a"),
     row("F.rms_norm", lambda x, w: F.rms_norm(x, (4,), w, 1e-5), "a/tp b", "b"),
     row("F.layer_norm", lambda x, w: F.layer_norm(x, (4,), w, None, 1e-5), "a/tp b", "b"),
+    row("gradients", all_of(DIFFERENTIATED, lambda f, x: torch.func.grad(lambda y: f(y).square().sum())(x)), "a/tp b"),
+    row("gradients of softmax", lambda x: torch.func.grad(lambda y: y.softmax(-1).square().sum())(x)
+        + torch.func.grad(lambda y: y.log_softmax(-1).square().sum())(x), "a/tp b"),
+    row("gradient of softmax of the cut", lambda x: torch.func.grad(
+        lambda y: y.softmax(0).square().sum())(x), "a/tp b", gathers=True),
     row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
     row("constants", lambda x: x + x.new_zeros(12, 4) + x.new_ones(4) + x.new_full((4,), 2.0)
         + torch.zeros(12, 4) + torch.ones(4) + torch.full((12, 4), 3.0), "a/tp b"),

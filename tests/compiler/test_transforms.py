@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from torch.func import grad, grad_and_value, jacrev, jvp, vjp, vmap
+from torch.func import grad, grad_and_value, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
 
@@ -205,12 +205,45 @@ def checkpointed_call(p, x, s):
     return checkpoint(checkpointed_block, {"up": p["up"]}, x, use_reentrant=False)
 
 
+ACTIVATIONS = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": F.softplus,
+    "elu": F.elu, "selu": F.selu, "celu": F.celu, "leaky_relu": F.leaky_relu, "mish": F.mish,
+    "logsigmoid": F.logsigmoid, "relu6": F.relu6, "hardtanh": F.hardtanh, "hardswish": F.hardswish,
+    "squared_relu": lambda y: F.relu(y).square(), "erf": torch.erf,
+    "abs": torch.abs, "sqrt": lambda y: (1 + y * y).sqrt(), "clamp": lambda y: y.clamp(-0.1, 0.2),
+    "where": lambda y: torch.where(y > 0, y, 0.1 * y),
+    "softmax": lambda y: y.unflatten(-1, (-1, 2)).softmax(-1),
+    "log_softmax": lambda y: y.unflatten(-1, (-1, 2)).log_softmax(-1),
+    "logsumexp": lambda y: y.unflatten(-1, (-1, 2)).logsumexp(-1),
+}  # fmt: skip
+
+
+def learning(activation: Any, mapped: bool) -> Any:
+    """One step of gradient descent on each token, as in test-time training."""
+
+    def body(p, x, s):
+        step = grad(lambda y: (activation(y @ p["up"].T) * 1.5).square().sum())
+        for _ in range(x.dim() - 1 if mapped else 0):
+            step = vmap(step)
+        return x - 0.1 * step(x)
+
+    return body
+
+
+def columns(p, x, s):
+    """A Jacobian by its columns, of two parameters."""
+    found = jacfwd(lambda w, v: torch.sin(w) * v.sum(), argnums=(0, 1))(p["w"], p["scale"])
+    return x * found[0].sum(0) + found[1].sum(-1)
+
+
 WORK = {
     body.__name__: body
     for body in (
         over_heads, over_heads_out, over_heads_of_an_activation, over_rows_of_heads, nested,
         over_several, over_tokens, chunks, gradient, gradient_and_value, tangent, makes_tensors,
-        block_inside, inside_a_block, checkpointed, checkpoint_in_a_block, checkpointed_call,
+        columns, block_inside, inside_a_block, checkpointed, checkpoint_in_a_block,
+        checkpointed_call,
     )
 }  # fmt: skip
 
@@ -230,6 +263,23 @@ def test_recorded(name, batched):
     for parts in (1, 2, 4):
         if allowed(local, parts):
             check_on_ranks(program, local, parts, weights_of(model), tokens, positions)
+    assert allowed(local, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "mapped"),
+    [*((name, True) for name in ACTIVATIONS), *((name, False) for name in ("gelu", "silu", "elu"))],
+)
+def test_gradients_of_activations(name, mapped):
+    """The features stay cut, tokens stay apart, and the gradient is torch's."""
+    model = model_of(learning(ACTIVATIONS[name], mapped))
+    program = trace(model)
+    check_tokens_apart(program)
+    local = partition(program)
+    assert not local.gathered
+    for parts in (1, 2, 4):
+        if allowed(local, parts):
+            check_on_ranks(program, local, parts, weights_of(model), *inputs_of(5))
     assert allowed(local, 2)
 
 
