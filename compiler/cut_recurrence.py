@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -39,14 +39,14 @@ def cut_recurrence(part: _BlockPartitioner, node: fx.Node) -> None:
         return
     xs: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
     params: Sequence[fx.Node] = node.args[1]  # type: ignore[assignment]
-    at: dict[fx.Node, Placement] = {n: _of_all_tokens(part.at[n]) for n in (*xs, *params)}
+    at: dict[fx.Node, Placement] = {n: of_all_tokens(part.at[n]) for n in (*xs, *params)}
     table = part.whole.source.model.table
     declared = tuple(slot_placement(slot, table, part.axis) for _, slot in found.slots)
     alike = tuple(_as_one_of(slot, at) for _, slot in found.slots)
 
     def cut(state: tuple[Placement, ...]) -> tuple[Recurrence, tuple[Placement, ...]] | None:
         lie = (tuple(at[n] for n in nodes) for nodes in (xs, params))
-        with _without_sequence(part.whole):
+        with without_sequence(part.whole):
             return _local(part.whole, found, state, *lie)
 
     local = cut(declared) or cut(alike)
@@ -62,13 +62,24 @@ def cut_recurrence(part: _BlockPartitioner, node: fx.Node) -> None:
     _put(part, node, args, made, results)
 
 
-def _of_all_tokens(at: Placement) -> Placement:
+def of_all_tokens(at: Placement) -> Placement:
     """A recurrence goes through all tokens: where ranks have a part of them, they are gathered."""
     return REPLICATE if isinstance(at, Partial) or is_by_sequence(at) else at
 
 
+def undoing(whole: _Partitioner) -> Callable[[], None]:
+    """What takes back all that is partitioned from here on."""
+    done, needs, count = dict(whole.done), dict(whole.needs), len(whole.gathered)
+
+    def undo() -> None:
+        whole.done, whole.needs = done, needs
+        del whole.gathered[count:]
+
+    return undo
+
+
 @contextmanager
-def _without_sequence(whole: _Partitioner) -> Iterator[None]:
+def without_sequence(whole: _Partitioner) -> Iterator[None]:
     """Within a step, tokens are not cut."""
     before, whole.sequence = whole.sequence, False
     try:
@@ -104,7 +115,7 @@ def _local(
     that does not end, or where a step would need something of other ranks.
     """
     for _ in range(_ROUNDS):
-        before = dict(whole.done), dict(whole.needs), len(whole.gathered)
+        count, undo = len(whole.gathered), undoing(whole)
         local: list[Block] = []
         after, results = state, ()
         for block in filter(None, (found.step, found.chunked)):
@@ -116,8 +127,8 @@ def _local(
             results = tuple(moved(at, seq) for at in out[len(state) :])
             if after != state:
                 break
-        speaks = len(whole.gathered) > before[2] or any(map(_speaks, local))
-        if after == state and not speaks:
+        asks = len(whole.gathered) > count or any(map(speaks, local))
+        if after == state and not asks:
             for at in state:
                 if isinstance(at, Shard):
                     where = found.state.where
@@ -127,9 +138,8 @@ def _local(
             kernel = kernel_of(found, state, xs, params)
             made = replace(found, step=step, chunked=chunked, kernel=kernel, placements=state)
             return made, results
-        whole.done, whole.needs = before[0], before[1]
-        del whole.gathered[before[2] :]
-        if speaks:
+        undo()
+        if asks:
             return None
         state = after
     return None
@@ -142,7 +152,7 @@ def _by_tokens(part: _BlockPartitioner, node: fx.Node, found: Recurrence) -> Non
     params: Any = node.args[1]
     count = len(found.slots) + len(xs)
     made, results = part.whole.block(found.step, ((by_token,) * count + (REPLICATE,) * len(params)))
-    if any(at != by_token for at in results) or _speaks(made):
+    if any(at != by_token for at in results) or speaks(made):
         raise LoweringError(
             f"the step {found.step.name} makes sequences depend on each other",
             got="in the engine, its leading dim holds one token of each of many requests",
@@ -161,7 +171,7 @@ def _put(part: _BlockPartitioner, node: fx.Node, args: Any, made: Recurrence, at
     )
 
 
-def _speaks(block: Block) -> bool:
+def speaks(block: Block) -> bool:
     """Whether a block sends something to other ranks."""
     speaking = set(collectives.ALL) - {collectives.vary, collectives.replica_sum}
     return any(node.target in speaking for node in block.graph.nodes)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from compiler import collectives, loss_over_ranks, over_ranks
+from compiler.associative import associative, run_associative
 from compiler.comm import Comm, Simulated
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
 from compiler.placement import Placement, Shard
@@ -162,6 +163,12 @@ class _Run:
     def _function(self, node: fx.Node, env: dict[fx.Node, list[Any]]) -> list[Any]:
         if node.target is recurrence:
             return self._recurrence(node, env)
+        if node.target is associative:
+            xs: Any = map_arg(node.args[0], lambda n: env[n])
+            found: Any = node.kwargs
+            return list(
+                zip(*run_associative(self, found["combine"].block, xs, found["dim"]), strict=True)
+            )
         if node.target in collectives.ALL:
             x, *args = node.args
             assert isinstance(x, fx.Node)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from compiler import collectives
+from compiler.associative import associative, run_associative
 from compiler.comm import Processes, Simulated
 from compiler.evaluate import GROUP_FUNCTIONS, RANK_FUNCTIONS
 from compiler.ir import MODEL_DTYPE, Block, LocalSize, Program, Sym, binding, is_factory
@@ -143,6 +144,8 @@ class _BlockLinker:
             return self.graph.call_function(run, (self._value(x),))
         if node.target is recurrence:
             return self.graph.call_function(self._recurrence(node), self._values(node.args))
+        if node.target is associative:
+            return self.graph.call_function(self._associative(node), self._values(node.args))
         kwargs = dict(node.kwargs)
         if is_factory(node):
             kwargs["device"] = self.setting.device
@@ -161,6 +164,16 @@ class _BlockLinker:
             return tuple(y for (y,) in run_recurrence(alone, found, of_rank, shared, segment_ids))
 
         return _named(run, "recurrence")
+
+    def _associative(self, node: fx.Node) -> Function:
+        """A scan of this rank, of (xs,)."""
+        block, dim = node.kwargs["combine"].block, node.kwargs["dim"]  # type: ignore[union-attr]
+        alone = _Alone(self.setting, {block.name: self.linker.function(block)}, {})
+
+        def run(xs: Any) -> tuple[Tensor, ...]:
+            return tuple(y for (y,) in run_associative(alone, block, [[x] for x in xs], dim))  # type: ignore[arg-type]
+
+        return _named(run, "associative_scan")
 
     def _on_rank(self, target: Any) -> Function:
         """A function, with the rank and its collectives where it asks for them."""

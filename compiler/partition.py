@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from compiler import collectives, sequence
+from compiler.associative import associative, cut_associative
 from compiler.cut_recurrence import cut_recurrence
 from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
 from compiler.names import unique
@@ -209,8 +210,9 @@ class _BlockPartitioner:
             (same,) = node.all_input_nodes
             self.env[node], self.at[node] = self.env[same], self.at[same]
             return
-        if node.target is recurrence:
-            cut_recurrence(self, node)
+        if node.target in (recurrence, associative):
+            cut = cut_recurrence if node.target is recurrence else cut_associative
+            cut(self, node)
             return
         at = sequence.seen(node, self.at) if self.whole.sequence else self.at
         view = View(node, at, self.axis)

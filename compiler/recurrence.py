@@ -7,7 +7,7 @@ params, in this order, and return those of the state, then those of y.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -66,6 +66,17 @@ def recurrence(
 ) -> tuple[Tensor, ...]:
     """The results of all tokens."""
     raise AssertionError("a recurrence is carried out by compiler.evaluate")
+
+
+def blocks_within(block: Block) -> Iterator[Block]:
+    """What runs within a block and is no module: steps, chunked forms, what scans combine by."""
+    for node in block.graph.nodes:
+        for found in node.kwargs.values():
+            inner = (getattr(found, name, None) for name in ("step", "chunked", "block"))
+            for one in inner:
+                if isinstance(one, Block):
+                    yield one
+                    yield from blocks_within(one)
 
 
 def slot_placement(slot: Slot, table: Mapping[str, str | None], axis: str) -> Placement:

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from compiler import aten, branches, refuse, transforms
+from compiler.associative import Combine, associative
 from compiler.ir import (
     MODEL_DTYPE,
     Block,
@@ -46,6 +47,7 @@ from compiler.ir import (
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
 from compiler.recurrence import Recurrence, recurrence
+from compiler.recurrence import blocks_within as within
 from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
 from compiler.verify import verify
@@ -54,6 +56,7 @@ from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
 from funcmodels.ops.recurrent_results import (
     check_alike,
+    check_combined,
     check_pair,
     check_results,
     check_state,
@@ -105,7 +108,8 @@ def _outline(program: Program, dtype: torch.dtype) -> list[str]:
         args = map_aggregate((node.args, node.kwargs), lambda a: "model" if str(a) in same else a)
         return f"{node.op} {target_name(node.target)} {args}"
 
-    return [line(node) for block in program.all() for node in block.graph.nodes]
+    blocks = [inner for block in program.all() for inner in (block, *within(block))]
+    return [line(node) for block in blocks for node in block.graph.nodes]
 
 
 class _Scope:
@@ -174,6 +178,7 @@ class _Tracer(TorchFunctionMode):
         self.symbols: dict[str, str] = {}  # torch's symbol -> our name
         self.sizes: dict[Any, Sym] = {}  # torch's expressions -> ours: renaming one is slow
         self.guards = 0
+        self.in_step = False  # where a step's own functions are recorded: they have no modules
         self.takes_gradients = torch.is_grad_enabled()
         self.refused: TraceError | None = None
         self.below = transforms.Below(self._record_below)
@@ -452,7 +457,7 @@ class _Tracer(TorchFunctionMode):
     def call_block(self, fn: Callable[..., Any], args: tuple, kwargs: dict, *, remat: bool) -> Any:
         """Record a block the first time it is called in this way, and a call of it every time."""
         self._check_branches()
-        if transforms.is_transforming():  # no module is called on tensors of a transform
+        if transforms.is_transforming() or self.in_step:  # where no module is called
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with torch._C.DisableTorchFunction():  # looking at shapes is no operation of the model
@@ -562,7 +567,18 @@ class _Tracer(TorchFunctionMode):
                     y = tree.unflatten(like, dict(tree.items(y)))
             return {name: after[name] for name in state.slots}, y
 
-        return self._record(fn, *pytree.tree_flatten((args, {})), arranged=arranged)
+        return self._record_inner(fn, args, arranged)
+
+    def _record_inner(
+        self, fn: Callable[..., Any], args: tuple, arranged: Callable[[Any], Any], *names: str
+    ) -> _Recorded:
+        """Record what is no module, but runs within one."""
+        before, self.in_step = self.in_step, True
+        try:
+            spec = pytree.tree_flatten((args, {}))
+            return self._record(fn, *spec, arranged=arranged, names=list(names))
+        finally:
+            self.in_step = before
 
     def _kinds_of(self, fn: Callable[..., Any], y: Any, lead: tuple[Sym, ...]) -> dict[str, Any]:
         """By path, dtype and shape of one token's results."""
@@ -574,6 +590,37 @@ class _Tracer(TorchFunctionMode):
                 raise not_of_all(fn, path, found.shape, n)
             kinds[path] = dtype_name(found.dtype), found.shape[len(lead) :]
         return kinds
+
+    def call_associative_scan(self, combine: Callable[..., Any], xs: Any, dim: int) -> Any:
+        """Record a scan over the tokens: what it combines by is a block of its own."""
+        self._check_branches()
+        if transforms.is_transforming():
+            raise refuse.recurrence_in_transform(combine)
+        given = pytree.tree_leaves(xs)
+        with torch._C.DisableTorchFunction():
+            self._check_tokens(combine, given)
+            at = len(self.dims) - 1
+            if any(dim % x.ndim != at for x in given):
+                raise refuse.not_of_tokens(combine, f"dim={dim}")
+            first, second = (tree.map(self._alike, xs) for _ in range(2))
+        paths = [path.replace(".", "_") for path, _ in tree.items(xs)]
+        names = [f"{x}_{path}".strip("_") for x in ("first", "second") for path in paths]
+
+        def arranged(result: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                check_combined(combine, result, xs)
+                return tree.unflatten(xs, dict(tree.items(result)))
+
+        made = Combine(self._record_inner(combine, (first, second), arranged, *names).block)
+        args = self._as_nodes((tuple(given),), combine)
+        with torch._C.DisableTorchFunction():
+            results = [self._alike(x) for x in given]
+            settings = {"combine": made, "dim": at}
+            node = self._node("call_function", associative, tuple(results), args, settings)
+            self._bind(node, results)
+        self.scopes[-1].keep += results
+        rest = iter(results)
+        return tree.map(lambda _: next(rest), xs)
 
     # Calls of blocks
 
@@ -627,13 +674,15 @@ class _Tracer(TorchFunctionMode):
         spec: Any,
         remat: bool = False,
         arranged: Callable[[Any], Any] = lambda result: result,
+        names: list[str] | None = None,
     ) -> _Recorded:
         """Run a block's function once, on the tensors of its first call."""
         scope = _Scope()
         self.scopes.append(scope)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         static: dict[str, Any] = {}
-        for name, leaf in zip(argument_names(fn, args, kwargs), leaves, strict=True):
+        names = names or argument_names(fn, args, kwargs)
+        for name, leaf in zip(names, leaves, strict=True):
             path = self.paths.get(id(leaf))
             if path is not None:
                 scope.own(leaf, name, self.model.by_path[path])

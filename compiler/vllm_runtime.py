@@ -607,6 +607,23 @@ def check_ranks(*axes: tuple[str, int, bool]) -> None:
             )
 
 
+def associative_scan(combine: Callable, xs: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
+    """y_t = combine(y_{t-1}, x_t) along a dim: pairs are combined, their results scanned."""
+    n = xs[0].shape[dim]
+    if n < 2:
+        return xs
+    places = [torch.arange(start, n, 2, device=xs[0].device) for start in (0, 1)]
+    even, odd = ([x.index_select(dim, at) for x in xs] for at in places)
+    pairs = combine(*(x.narrow(dim, 0, n // 2) for x in even), *odd)
+    pairs = associative_scan(combine, list(pairs), dim)  # results at odd places
+    if count := (n - 1) // 2:  # at even places after the first: the odd ones before are combined
+        rest = [x.narrow(dim, 1, count) for x in even]
+        rest = combine(*(y.narrow(dim, 0, count) for y in pairs), *rest)
+        even = [torch.cat([x.narrow(dim, 0, 1), r], dim) for x, r in zip(even, rest, strict=True)]
+    order = torch.cat(places).argsort()
+    return [torch.cat(ys, dim).index_select(dim, order) for ys in zip(even, pairs, strict=True)]
+
+
 def numbered(prefix: str, vllm_config: VllmConfig) -> str:
     """A name for an attention layer with one number in it: the engine sorts caches by that."""
     parts = prefix.split(".")

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import fx
 
-from compiler.emit.block import statements
 from compiler.emit.layers import Layer, builds, numbered_prefix
+from compiler.emit.method import method
 from compiler.emit.scope import Module, Scope
-from compiler.emit.text import call, kwargs, literal, wrapped
-from compiler.ir import MODEL_DTYPE, Block, LocalSize
-from compiler.modules import Placed
+from compiler.emit.text import kwargs, literal, wrapped
+from compiler.ir import MODEL_DTYPE, LocalSize
 from compiler.needs import Exact
 from compiler.partition import Partitioned
 from compiler.placement import Shard
@@ -26,7 +25,7 @@ def _recurrence(scope: Scope, node: fx.Node, attr: str) -> Layer:
     params: Any = node.args[1]
     methods = {"step": found.step} | ({"chunked": found.chunked} if found.chunked else {})
     for name, block in methods.items():
-        scope.methods[f"{attr}_{name}"] = _method(scope, f"{attr}_{name}", found, block)
+        method(scope, f"{attr}_{name}", block, len(found.slots))
     state = [
         f"({_shape(scope, slot.shape, at)}, {_dtype(scope, slot.dtype)}, {literal(slot.init)})"
         for (_, slot), at in zip(found.slots, found.placements, strict=True)
@@ -50,25 +49,6 @@ def _recurrence(scope: Scope, node: fx.Node, attr: str) -> Layer:
     one = "({},)" if len(results) == 1 else ""
     text = f"{{}}([{given[0]}], [{given[1]}])"
     return Layer(scope.module.help("Recurrent"), kwargs(settings), text, one)
-
-
-def _method(scope: Scope, name: str, found: Recurrence, block: Block) -> list[str]:
-    """A step as a method of the class whose layer runs it: it may read the class's local sizes."""
-    inner = Scope(scope.module, block, Placed(), local=scope.local)
-    inputs = [inner.bind(node) for node in block.inputs]
-    body = statements(inner, [n for n in block.graph.nodes if n.op != "output"], 8)
-    results = ", ".join(inner.value(r) for r in block.results)
-    scope.needs_dtype |= inner.needs_dtype
-    scope.module.use("torch")
-    x = inputs[len(found.slots)]
-    count = [f"        num_tokens = {x}.shape[0]"] if inner.symbols else []
-    arguments = ["self", *(f"{n}: torch.Tensor" for n in inputs)]
-    return [
-        *call(f"def {name}", arguments, 4, " -> tuple[torch.Tensor, ...]:"),
-        *count,
-        *body,
-        f"        return {results}",
-    ]
 
 
 def _shape(scope: Scope, shape: Any, at: Any, lead: int = 0) -> str:

@@ -156,6 +156,7 @@ class Scope:
     preferred: dict[fx.Node, str] = field(default_factory=dict)
     needs_dtype: bool = False
     methods: dict[str, list[str]] = field(default_factory=dict)
+    method: str = ""  # of the class, where it is not the forward function that is written
     symbols: set[str] = field(default_factory=set)
     _last: dict[fx.Node, int] = field(default_factory=dict)
     _bound: dict[str, fx.Node] = field(default_factory=dict)

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from funcmodels import tree
+from funcmodels.block import tracer
+from funcmodels.errors import ShapeError, listed
+from funcmodels.ops.recurrent_results import check_combined, name_of
+from funcmodels.source import users_line
 
 
 def associative_scan(combine: Callable[[Any, Any], Any], xs: Any, *, dim: int) -> Any:
@@ -24,14 +28,36 @@ def associative_scan(combine: Callable[[Any, Any], Any], xs: Any, *, dim: int) -
         dim: the dim, as all leaves count it.
     Returns:
         The pytree of running results, shapes of xs.
+    Raises:
+        ShapeError: leaves of several lengths, a combine that changes what it is given.
     Source: Blelloch 1990, CMU-CS-90-190.
     """
+    sizes = {path: x.shape[dim] if isinstance(x, Tensor) else x for path, x in tree.items(xs)}
+    n = next(iter(sizes.values()), None)
+    if n is None or any(size != n for size in sizes.values()):
+        raise ShapeError(
+            f"ops.associative_scan by {name_of(combine)}: leaves of several lengths",
+            got=listed(f"{path or 'xs'} {n} along dim {dim}" for path, n in sizes.items()),
+            need="tensors of one length",
+            from_=users_line(),
+            fix="what all places share is .expand-ed along the dim",
+        )
+    record = getattr(tracer(), "call_associative_scan", None)
+    if record is not None and isinstance(n, torch.SymInt):
+        return record(combine, xs, dim)
+    return _scanned(combine, xs, dim)
+
+
+def _scanned(combine: Callable[[Any, Any], Any], xs: Any, dim: int) -> Any:
+    """The scan itself, of pairs."""
     n = tree.leaves(xs)[0].shape[dim]
     if n < 2:
         return xs
     even, odd = (_every_other(xs, dim, start) for start in (0, 1))
     firsts = _first(even, dim, n // 2)
-    pairs = associative_scan(combine, combine(firsts, odd), dim=dim)  # results at odd places
+    both = combine(firsts, odd)
+    check_combined(combine, both, odd)
+    pairs = _scanned(combine, both, dim)  # results at odd places
     rest = _from(even, dim, 1)  # at even places after the first: one more than the odd before
     count = tree.leaves(rest)[0].shape[dim]
     if count:

@@ -142,6 +142,33 @@ def check_alike(step: Callable, chunked: Callable, want: dict[str, Any], got: di
             raise refused("another dtype or shape", *shown)
 
 
+def check_combined(combine: Callable, result: Any, xs: Any) -> None:
+    """What is combined is as what it is combined of.
+
+    Raises:
+        ShapeError: of another structure, shape or dtype.
+    """
+    want, got = dict(tree.items(xs)), dict(tree.items(result))
+    for path in want | got:
+        a, b = want.get(path), got.get(path)
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and _kind(a) == _kind(b)):
+            raise ShapeError(
+                f"{name_of(combine)} combines to something else than it is given",
+                got=", ".join(f"{p or 'x'} {_described(x)}" for p, x in got.items()),
+                need=", ".join(f"{p or 'x'} {_described(x)}" for p, x in want.items()),
+                from_=line_of(combine),
+                fix="a result of the structure, shapes and dtypes of each operand",
+            )
+
+
+def _kind(x: Tensor) -> tuple:
+    return x.dtype, tuple(x.shape)
+
+
+def _described(x: Any) -> str:
+    return f"{_shape(x)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+
+
 @contextmanager
 def shapes_said(step: Callable, state: State, xs: Any) -> Iterator[None]:
     """Let torch's own error about what a step does say which shapes it was given."""

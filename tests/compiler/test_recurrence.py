@@ -17,7 +17,7 @@ from funcmodels import ops
 from funcmodels.errors import LoweringError, ShapeError, TraceError
 from tests.engine.recurrences import recurrent_model
 
-KINDS = ["linear", "delta", "by_key", "own", "conv"]
+KINDS = ["linear", "delta", "by_key", "own", "scanned", "conv"]
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -227,6 +227,97 @@ def test_a_state_and_an_x_of_two_dtypes():
         r"(?s)from: +test_recurrence.py:\d+ in product.*x\.float\(\)", str(error.value)
     )
     trace(model_of(None, forward=functools.partial(forward, step=decayed(0.5))))
+
+
+def added(first, second):
+    return first + second
+
+
+def mixed_with(combine, within=True):
+    """A model of running results by `combine`, within a chunked form or by themselves."""
+
+    def scanned(state, x):
+        S = state["S"][..., None, :, :] + ops.associative_scan(combine, x, dim=-3)
+        return {"S": S[..., -1, :, :]}, S
+
+    def summed(state, x):
+        S = state["S"] + x
+        return {"S": S}, S
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        v = einsum(x, params["v"], "... e, h d e -> ... h d")
+        state = fm.state(S="heads value", dtype=v.dtype, heads=2, value=4)
+        y = (
+            ops.recurrent(summed, state, v, chunked=scanned, segment_ids=segment_ids)
+            if within
+            else ops.associative_scan(combine, v, dim=-3)
+        )
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    return model_of(None, forward=forward)
+
+
+def test_a_scan_over_the_models_tokens():
+    """Of rows it is computed; the engine's tokens are of many requests, of which it knows none."""
+    model = mixed_with(added, within=False)
+    weights = fm.init(model, seed=0)
+    tokens = torch.arange(24).reshape(2, 12) % 16
+    want = model.forward(weights, tokens, positions_of(tokens))
+    local = partition(trace(model, batched=True))
+    assert not local.gathered
+    for tp in (1, 2):
+        comm = Simulated(tp)
+        parts = local_weights(local, weights, comm)
+        for logits in run(local, parts, tokens, positions_of(tokens), comm):
+            torch.testing.assert_close(logits, want)
+    module = fm.compile_to_torch(model).reset(seed=0)
+    logits = module(tokens, positions_of(tokens))
+    weights = fm.tree.map(torch.Tensor.detach, module.weights())
+    torch.testing.assert_close(logits, model.forward(weights, tokens, positions_of(tokens)))
+    with pytest.raises(
+        LoweringError, match=r"(?s)over the model's tokens.*ops\.recurrent"
+    ) as error:
+        check_tokens_apart(trace(model))
+    assert re.search(r"from: +test_recurrence.py:\d+ in forward", str(error.value))
+
+
+def test_a_scan_that_mixes_heads_is_gathered():
+    def over_heads(first, second):
+        return first + second - 0 * first.mean(-2, keepdim=True)
+
+    model = mixed_with(over_heads)
+    local = partition(trace(model))
+    assert [g.operation for g in local.gathered] == ["recurrence"]
+    weights = fm.init(model, seed=0)
+    tokens, positions = torch.arange(12), torch.arange(12)
+    want = model.forward(weights, tokens, positions)
+    comm = Simulated(2)
+    for logits in run(local, local_weights(local, weights, comm), tokens, positions, comm):
+        torch.testing.assert_close(logits, want)
+
+
+def test_a_combination_of_another_shape_is_refused():
+    def summed(first, second):
+        return (first + second).sum(-1)
+
+    with pytest.raises(ShapeError, match="summed combines to something else") as error:
+        trace(mixed_with(summed))
+    assert re.search(r"from: +test_recurrence.py:\d+ in summed", str(error.value))
+
+
+def test_a_block_within_a_step_is_part_of_it():
+    """A step has no modules: it is one."""
+
+    @fm.block
+    def half(x):
+        return 0.5 * x
+
+    def step(state, x):
+        S = half(state["S"]) + x
+        return {"S": S}, S
+
+    assert [block.name for block in trace(model_of(step)).all()] == ["forward"]
 
 
 def over_heads(state, x):

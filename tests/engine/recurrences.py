@@ -24,6 +24,25 @@ def leaky_step(state, x):
     return {"top": top, "mean": mean}, mean + 0.1 * top
 
 
+def mixed_step(state, x):
+    """A linear recurrence of each feature, with a decay for each head."""
+    h = x["keep"][..., None] * state["h"] + x["v"]
+    return {"h": h}, h
+
+
+def mixed_chunk(state, x):
+    """The same for several tokens, by its associative form."""
+    keep, h = ops.associative_scan(after, (x["keep"][..., None], x["v"]), dim=-3)
+    h = h + keep * state["h"][..., None, :, :]
+    return {"h": h[..., -1, :, :]}, h
+
+
+def after(first, second):
+    """One linear map after another."""
+    (a1, b1), (a2, b2) = first, second
+    return a1 * a2, a2 * b1 + b2
+
+
 def linear_params():
     return {
         "norm": P("hidden", init="ones"),
@@ -50,6 +69,15 @@ def linear(p, x, segment_ids, kind):
         y = ops.gated_linear_attention(q, k, v, by_key, segment_ids=segment_ids)
     elif kind == "linear":
         y = ops.gated_linear_attention(q, k, v, g, segment_ids=segment_ids)
+    elif kind == "scanned":
+        state = fm.state(
+            h="heads value", dtype=torch.float32, heads=P.sizes["heads"], value=P.sizes["value"]
+        )
+        xs = {"keep": g.exp(), "v": v.float()}
+        y = ops.recurrent(
+            mixed_step, state, xs, chunked=mixed_chunk, chunk=32, segment_ids=segment_ids
+        )
+        y = y.to(x.dtype)
     else:
         state = fm.state(
             mean="heads value", top="heads value", dtype=torch.float32,
@@ -161,7 +189,9 @@ PARAMS = {"attention": attention_params, "conv": conv_params, "ssd": ssd_params}
 
 
 def recurrent_model(*kinds: str) -> fm.Model:
-    """A model of one layer of each kind: attention, conv, ssd, linear, delta, by_key or own."""
+    """A model of one layer of each kind: attention, conv, ssd, linear, delta, by_key,
+    scanned or own.
+    """
 
     def forward(params, tokens, positions, segment_ids=None):
         x = ops.embed(tokens, params["embed"])

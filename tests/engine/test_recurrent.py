@@ -11,7 +11,7 @@ from tests.engine.tiny import check, expected, register, saved, serve_model
 
 MODELS = {
     "linear": ("linear",),
-    "own": ("own", "own"),
+    "own": ("own", "scanned", "own"),
     "conv": ("conv", "conv"),
     "ssd": ("ssd", "conv", "ssd"),
     "of all kinds": ("conv", "delta", "attention", "own"),

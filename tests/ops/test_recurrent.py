@@ -390,5 +390,52 @@ def test_associative_scan(n):
         return torch.stack(out, 1)
 
     torch.testing.assert_close(h(a, b), loop(a, b), rtol=0, atol=1e-12)
+    tangents = (rows(2, n, 3, seed=2), rows(2, n, 3, seed=3))
+    got, want = (torch.func.jvp(f, (a, b), tangents) for f in (h, loop))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    got = torch.func.vmap(h, in_dims=(2, 2), out_dims=2)(a, b)
+    torch.testing.assert_close(got, loop(a, b), rtol=0, atol=1e-12)
     got, want = (torch.func.grad(lambda a, f=f: (f(a, b) ** 2).sum())(a) for f in (h, loop))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_what_an_associative_scan_refuses():
+    with pytest.raises(
+        ShapeError, match=r"(?s)leaves of several lengths.*got: +0 5 along dim 0, 1 4"
+    ):
+        ops.associative_scan(lambda a, b: a, (torch.ones(5), torch.ones(4)), dim=0)
+
+    def forgets(first, second):
+        return first[0]
+
+    with pytest.raises(ShapeError, match=r"(?s)forgets combines to something else.*in forgets"):
+        ops.associative_scan(forgets, (torch.ones(5), torch.ones(5)), dim=0)
+
+
+def test_what_a_step_must_not_return():
+    """And torch's own errors say which shapes a step was given."""
+
+    def without(state, x):
+        return state, {"a": x + state["h"], "b": None}
+
+    def number(state, x):
+        return {"h": 1.0}, x
+
+    def shared(state, x):
+        return {"h": state["h"] + x}, torch.ones(3).double()
+
+    ids = torch.zeros(2, 4)
+    with pytest.raises(ShapeError, match=r"(?s)a result is no tensor.*b is None.*in without"):
+        ops.recurrent(without, STATE, rows(2, 4, 3), segment_ids=ids)
+    with pytest.raises(ShapeError, match=r'(?s)no tensor as the state "h".*got: +1.0.*in number'):
+        ops.recurrent(number, STATE, rows(2, 4, 3), segment_ids=ids)
+    with pytest.raises(ShapeError, match='no tensor as the state "h"'):
+        ops.recurrent(number, STATE, rows(4, 3))
+    with pytest.raises(ShapeError, match=r"(?s)another number of sequences.*y \(3\).*in shared"):
+        ops.recurrent(shared, STATE, rows(2, 4, 3), segment_ids=ids)
+    for given in ({}, {"segment_ids": ids}):
+        with pytest.raises(RuntimeError, match=r"Mismatching|must match") as error:
+            ops.recurrent(leaky, STATE, rows(2, 4, 5), **given)
+        notes = "\n".join(error.value.__notes__)
+        assert re.search(r"in: leaky of ops.recurrent, test_recurrent.py:\d+", notes)
+        assert re.search(r"a state of h \(3,\), .*xs x \(2, 4, 5\)", notes)
