@@ -231,7 +231,7 @@ def failed_need(model: Model, needs: Iterable[Need], tp: int) -> ShardingError |
         f'cannot split axis "{need.axis}" over mesh axis "tp"',
         got=", ".join([*_sizes(model, needs), f"tp={tp}"]),
         need="; ".join(dict.fromkeys(map(_demand, needs))),
-        from_=f"{_paths(model, need.axis)}, {need.where}",
+        from_=f"{need.of or _paths(model, need.axis)}, {need.where}",
         fix=f"tp in {{{', '.join(map(str, allowed(needs)))}}}, "
         f'or leave "{need.axis}" out of sharding',
     )

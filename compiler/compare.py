@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from compiler import evaluate
 from compiler.check import check_needs
 from compiler.comm import Comm, Simulated
+from compiler.compare_forms import check_forms
 from compiler.ir import Program, TensorType, target_name
 from compiler.partition import Partitioned
 from compiler.placement import Partial, Placement, Shard
@@ -68,6 +69,7 @@ def verify(
     Raises:
         VerificationError: names the first step of the lowering whose logits differ by more than the
             dtype's tolerance, and in it the first operation that does, with the user's line.
+        RecurrenceError: a recurrence's chunked form is not its step, on what the model gives it.
         ShardingError: the axes, the vocabulary too, do not divide over so many ranks.
     """
     found: list[tuple[str, Program]] = list(lowering(model))
@@ -75,6 +77,7 @@ def verify(
     lowered = found[-1][1]
     assert isinstance(lowered, Partitioned)
     check_needs(model, lowered.needs, tp)
+    check_forms(traced, weights, prompts)
     worst = 0.0
     for prompt in prompts:
         tokens = torch.tensor(list(prompt))

@@ -129,10 +129,10 @@ def _local(
                 break
         asks = len(whole.gathered) > count or any(map(speaks, local))
         if after == state and not asks:
-            for at in state:
+            for (name, _), at in zip(found.slots, state, strict=True):
                 if isinstance(at, Shard):
-                    where = found.state.where
-                    whole.need(at.axis, at.units, True, "a recurrent state is sharded", where)
+                    where, of = found.state.where, f'the state "{name}"'
+                    whole.need(at.axis, at.units, True, f"{of} is sharded", where, of)
             step, chunked = (*local, None)[:2]
             assert step is not None
             kernel = kernel_of(found, state, xs, params)

@@ -20,13 +20,18 @@ _PADDED = (layers.vocab_embedding, layers.logits)
 
 @dataclass(frozen=True)
 class Need:
-    """A demand on the number of ranks: it divides `units`, or, unless exact, is a multiple."""
+    """A demand on the number of ranks: it divides `units`, or, unless exact, is a multiple.
+
+    Args:
+        of: what has the axis, where that is no parameter.
+    """
 
     axis: str
     units: int
     exact: bool
     why: str
     where: SourceLine
+    of: str = ""
 
     def allows(self, parts: int) -> bool:
         return self.units % parts == 0 or (not self.exact and parts % self.units == 0)

@@ -119,9 +119,12 @@ class _Partitioner:
             self.done[key] = (local, results)
         return self.done[key]
 
-    def need(self, axis: str, units: int, exact: bool, why: str, where: SourceLine) -> None:
+    def need(
+        self, axis: str, units: int, exact: bool, why: str, where: SourceLine, of: str = ""
+    ) -> None:
         if axis != TOKENS:
-            self.needs.setdefault((axis, units, exact), Need(axis, units, exact, why, where))
+            found = Need(axis, units, exact, why, where, of)
+            self.needs.setdefault((axis, units, exact), found)
 
     def note_gather(self, block: Block, node: fx.Node) -> None:
         name = target_name(node.target)

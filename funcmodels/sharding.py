@@ -103,8 +103,8 @@ def check_table(table: Mapping[str, str | None], declared: set[str]) -> None:
 
         near = difflib.get_close_matches(unknown[0], declared, n=1)
         raise DeclarationError(
-            f'sharding names an axis that no parameter has: "{unknown[0]}"',
+            f'sharding names an axis that is not declared: "{unknown[0]}"',
             got=f"sharding of {listed(table)}",
-            need=f"axes of the parameters: {listed(sorted(declared))}",
+            need=f"axes of fm.axes(), of parameters and states: {listed(sorted(declared))}",
             fix=f'did you mean "{near[0]}"?' if near else f'drop "{unknown[0]}" from sharding',
         )

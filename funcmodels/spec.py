@@ -37,6 +37,7 @@ class Param:
         sharding: overrides the model's axis table for this parameter.
         dtype: None for the model's dtype.
         where: the user's line that declares it.
+        known: all axes that were declared with its own.
     """
 
     axes: tuple[str, ...]
@@ -46,6 +47,7 @@ class Param:
     sharding: PartitionSpec | None
     dtype: torch.dtype | None
     where: SourceLine = field(compare=False)
+    known: frozenset[str] = field(compare=False, repr=False, default=frozenset())
 
     @property
     def numel(self) -> int:
@@ -66,6 +68,7 @@ class Axes:
                     fix=f"fm.axes({name}=...)",
                 )
         self.sizes = dict(sizes)
+        self.known = frozenset(sizes)
 
     def __call__(
         self,
@@ -97,7 +100,7 @@ class Axes:
             )
         check_init(init, where)
         shape = tuple(self.sizes[name] for name in names)
-        return Param(names, shape, init, hf, sharding, dtype, where)
+        return Param(names, shape, init, hf, sharding, dtype, where, self.known)
 
     def _unknown(self, name: str, axes: str, where: SourceLine) -> None:
         near = difflib.get_close_matches(name, self.sizes, n=1)
@@ -176,7 +179,8 @@ class Model:
                     fix='P("axis names"), with P = fm.axes(...)',
                 )
         _check_names(self.tensor_maps, self.by_path)
-        declared = {axis for param in self.by_path.values() for axis in param.axes}
+        params = self.by_path.values()  # a recurrent state may have axes that they have not
+        declared = {axis for param in params for axis in (*param.axes, *param.known)}
         sharding_.check_table(self.table, declared)
         assert self.specs is not None  # computed now, so that its errors come now
         assert self.structure is not None

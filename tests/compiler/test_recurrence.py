@@ -8,13 +8,23 @@ import torch
 from einops import einsum
 
 import funcmodels as fm
+from compiler.check import check_needs
 from compiler.comm import Simulated
+from compiler.compare_forms import check_forms
 from compiler.evaluate import local_weights, run
 from compiler.partition import check_tokens_apart, partition
+from compiler.placement import Shard
 from compiler.recurrence import recurrence
 from compiler.trace import trace
 from funcmodels import ops
-from funcmodels.errors import LoweringError, ShapeError, TraceError
+from funcmodels.check_recurrence import RecurrenceError
+from funcmodels.errors import (
+    DeclarationError,
+    LoweringError,
+    ShapeError,
+    ShardingError,
+    TraceError,
+)
 from tests.engine.recurrences import recurrent_model
 
 KINDS = ["linear", "delta", "by_key", "own", "scanned", "conv"]
@@ -195,6 +205,30 @@ def test_results_of_a_chunk_that_are_not_those_of_the_step(fault, message, batch
     assert re.search(r"from: +test_recurrence.py:\d+ in wrong", str(error.value))
 
 
+@pytest.mark.parametrize("fault", ["results", "state"])
+def test_verify_compares_both_forms(fault):
+    """Served, a prompt is read by the chunked form and what follows by the step."""
+
+    def wrong(state, x):
+        after, y = summed_at_once(state, x)
+        if fault == "results":
+            return after, {"p": x, "q": x}
+        return {"a": after["a"], "b": state["b"]}, y
+
+    model = model_of_two(wrong)
+    with pytest.raises(RecurrenceError, match="wrong is not its step: prompts") as error:
+        fm.verify(model, fm.init(model, seed=0), [[1, 5, 9], [4]])
+    lines = r"(?s)step: +test_recurrence.py:\d+ in summed\n.*from: +test_recurrence.py:\d+ in wrong"
+    assert re.search(lines, str(error.value))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "own"])
+def test_right_forms_are_not_refused(kind):
+    """Which cast to float32, and have states of it."""
+    model = recurrent_model(kind)
+    check_forms(trace(model), fm.init(model, seed=0), [[1, 5, 9], [4]])
+
+
 def test_a_state_without_its_sequences_is_refused():
     """In the engine, it would be one for all requests."""
 
@@ -318,6 +352,46 @@ def test_a_block_within_a_step_is_part_of_it():
         return {"S": S}, S
 
     assert [block.name for block in trace(model_of(step)).all()] == ["forward"]
+
+
+def with_memory(mem, sharding=("mem",)):
+    """A model of a state that has an axis of its own."""
+    axes = fm.axes(vocab=16, hidden=8, mem=mem)
+
+    def step(state, x):
+        S = 0.9 * state["S"] + x[..., None]
+        return {"S": S}, S
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        state = fm.state(S="hidden mem", dtype=x.dtype, hidden=8, mem=mem)
+        y = ops.recurrent(step, state, x, segment_ids=segment_ids)
+        return ops.unembed(y.square().sum(-1), params["embed"])
+
+    params = {"embed": axes("vocab hidden")}
+    table = dict.fromkeys(sharding, "tp")
+    return fm.Model("Memory", config={}, params=params, forward=forward, sharding=table)
+
+
+def test_an_axis_that_only_a_state_has():
+    """It is cut by the table, and where ranks do not divide it, its line is named."""
+    model = with_memory(4)
+    local = partition(trace(model))
+    [node] = [n for n in local.root.graph.nodes if n.target is recurrence]
+    assert node.kwargs["recurrence"].placements == (Shard(1, 4, "mem"),)
+    weights = fm.init(model, seed=0)
+    tokens, positions = torch.arange(12), torch.arange(12)
+    comm = Simulated(2)
+    for logits in run(local, local_weights(local, weights, comm), tokens, positions, comm):
+        torch.testing.assert_close(logits, model.forward(weights, tokens, positions))
+    check_needs(model, local.needs, 2)
+    three = with_memory(3)
+    with pytest.raises(ShardingError, match='cannot split axis "mem"') as error:
+        check_needs(three, partition(trace(three)).needs, 2)
+    lines = r'(?s)got: +mem=3, tp=2\n.*from: +the state "S", test_recurrence.py:\d+ in forward'
+    assert re.search(lines, str(error.value))
+    with pytest.raises(DeclarationError, match='an axis that is not declared: "memory"'):
+        with_memory(4, sharding=("memory",))
 
 
 def over_heads(state, x):
