@@ -1,7 +1,7 @@
 # Every target does its own set-up: a .venv in this checkout, with the pinned engine.
 # The set-up takes minutes once, and a fraction of a second after that.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint format bench clean
+.PHONY: help setup demo test quick lint format models bench clean
 
 PY := .venv/bin/python
 
@@ -30,6 +30,14 @@ lint: setup ## ruff and pyright
 format: setup ## let ruff fix and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+REPORTS := .pytest_cache/zoo-models.xml .pytest_cache/zoo-engine.xml
+
+models: setup ## docs/models.md and README's table of models, from the zoo's tests, which run first
+	mkdir -p .pytest_cache && rm -f $(REPORTS)
+	-OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/models/test_zoo.py --junitxml=$(word 1,$(REPORTS))
+	-$(PY) -m pytest -n 2 --dist loadgroup tests/engine/test_zoo.py --junitxml=$(word 2,$(REPORTS))
+	$(PY) -m tools.models_page $(REPORTS)
 
 bench: setup ## the benchmarks, side by side with their peers
 	$(PY) -m benchmarks.compile

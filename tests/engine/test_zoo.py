@@ -34,7 +34,6 @@ ROWS = rows()
 SERVED = [(name, v) for name, row in ROWS.items() for v in ("", *row.served)]
 OWN = [name for name, row in ROWS.items() if row.vllm]
 LINEARS = [name for name, row in ROWS.items() if row.linears]
-GENERATING = [name for name, row in ROWS.items() if row.model().task == "generate"]
 # What vLLM's own class of a row needs to be right. LFM2's hands the CPU's kernel of ropes three
 # dims, of which it makes other values, without an error: log probabilities are off by up to a nat.
 OWN_SETTINGS = {"lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}}
@@ -261,7 +260,7 @@ def test_on_two_ranks(name, runs):
     same(run_in_engine(run, compiled="trace"), runs.want(name))
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", ROWS)
 def test_on_two_stages(name, runs):
     """Half of the layers on each rank."""
     row = ROWS[name]
