@@ -32,7 +32,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from compiler import aten, branches, refuse, transforms
+from compiler import aten, branches, mapped_attention, refuse, transforms
 from compiler.associative import Combine, associative
 from compiler.ir import (
     MODEL_DTYPE,
@@ -51,7 +51,7 @@ from compiler.recurrence import blocks_within as within
 from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
 from compiler.verify import verify
-from funcmodels import tree
+from funcmodels import ops, tree
 from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
 from funcmodels.ops.recurrent_results import (
@@ -383,12 +383,18 @@ class _Tracer(TorchFunctionMode):
         """A call inside a transform: what becomes of it below is recorded, and not the call."""
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
             self.passing = func
+            if func is ops.attention and mapped_attention.only_maps():
+                return mapped_attention.mapped(self._attention, *args, **kwargs)
             out = transforms.call(func, args, kwargs)
             self._note_guards(func)
             tensors = (isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
             return out if any(tensors) else self._read(func, out)
         with transforms.outside(self.below):  # a new tensor depends on nothing that is transformed
             return self._record_call(func, args, kwargs)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]) -> Tensor:
+        with transforms.outside(self.below):
+            return self._record_call(ops.attention, (q, k, v), settings)
 
     def _record_below(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Write down an operation of aten that a transform has made."""

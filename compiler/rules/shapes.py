@@ -33,7 +33,7 @@ def reshape(view: View) -> Decision | None:
         size = after[target]
         if isinstance(size, Sym):
             units = at.units
-            if len(old) > 1 or len(new) > 1:
+            if sum(before[d] != 1 for d in old) > 1 or sum(after[d] != 1 for d in new) > 1:
                 return None
         else:
             units = math.gcd(at.units, size)
@@ -76,11 +76,15 @@ def shape_groups(before: tuple, after: tuple) -> list[tuple[list[int], list[int]
         if j < len(after):
             b, new, j = after[j], [j], j + 1
         while a != b:
-            if isinstance(a, Sym) or isinstance(b, Sym) or a == -1 or b == -1:
+            if a == 1 and i < len(before):
+                a, old, i = before[i], [*old, i], i + 1
+            elif b == 1 and j < len(after):
+                b, new, j = after[j], [*new, j], j + 1
+            elif isinstance(a, Sym) or isinstance(b, Sym) or a == -1 or b == -1:
                 old, new = [*old, *range(i, len(before))], [*new, *range(j, len(after))]
                 i, j = len(before), len(after)
                 break
-            if a < b and i < len(before):
+            elif a < b and i < len(before):
                 a, old, i = _times(a, before[i]), [*old, i], i + 1
             elif b < a and j < len(after):
                 b, new, j = _times(b, after[j]), [*new, j], j + 1

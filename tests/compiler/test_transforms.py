@@ -98,6 +98,37 @@ def over_rows_of_heads(p, x, s):
     return x + einsum(y, p["o"], "... h d, e h d -> ... e")
 
 
+def attention_of_heads(p, x, s):
+    """Each head attends by itself; every query head has its own keys."""
+
+    def head(q, k, v, scale):
+        q, k, v = ((x @ w.T)[..., None, :] for w in (q, k, v))
+        return ops.attention(q, k, v, window=3, sinks=scale[None], alibi_slopes=[0.3])[..., 0, :]
+
+    y = vmap(head, out_dims=-2)(p["q"], p["q"] * 2, p["o"].movedim(0, -1), p["scale"])
+    return x + einsum(y, p["o"], "... h d, e h d -> ... e")
+
+
+def attention_of_groups(p, x, s):
+    """Each key head with the query heads of its group; and of nested maps, all with one value."""
+
+    def group(q, k):
+        return ops.attention(
+            einsum(x, q, "... e, h d e -> ... h d"), (x @ k.T)[..., None, :], x[..., None, :4]
+        )
+
+    y = vmap(group, out_dims=-3)(rearrange(p["q"], "(g h) d e -> g h d e", g=2), p["k"])
+
+    def one(q, o):
+        q, o = (x @ q.T)[..., None, :], (x @ o)[..., None, :]
+        return ops.attention(q, o, x[..., None, :3], softcap=2.0).sum((-1, -2))
+
+    z = vmap(vmap(one, (0, None)), (None, 1))(p["q"], p["o"])
+    return (
+        x + einsum(y.flatten(-3, -2), p["o"], "... h d, e h d -> ... e") + z.sum((0, 1))[..., None]
+    )
+
+
 def nested(p, x, s):
     """Over heads and, in each, over its rows."""
 
@@ -242,14 +273,14 @@ WORK = {
     for body in (
         over_heads, over_heads_out, over_heads_of_an_activation, over_rows_of_heads, nested,
         over_several, over_tokens, chunks, gradient, gradient_and_value, tangent, makes_tensors,
-        columns, block_inside, inside_a_block, checkpointed, checkpoint_in_a_block,
-        checkpointed_call,
+        attention_of_heads, attention_of_groups, columns, block_inside, inside_a_block,
+        checkpointed, checkpoint_in_a_block, checkpointed_call,
     )
 }  # fmt: skip
 
 
 BATCHED = ("over_heads_out", "over_heads_of_an_activation", "over_tokens", "gradient", "chunks",
-           "makes_tensors")  # fmt: skip
+           "makes_tensors", "attention_of_heads", "attention_of_groups")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -283,7 +314,10 @@ def test_gradients_of_activations(name, mapped):
     assert allowed(local, 2)
 
 
-@pytest.mark.parametrize("name", ["over_heads", "over_heads_out", "block_inside", "inside_a_block"])
+@pytest.mark.parametrize(
+    "name",
+    ["over_heads", "over_heads_out", "block_inside", "inside_a_block", "attention_of_heads"],
+)
 def test_heads_stay_cut(name):
     """A vmap over heads is divided over ranks by heads, as what it stands for is."""
     program = trace(model_of(WORK[name]))
