@@ -121,7 +121,7 @@ class Layouts:
         split = split_at_unembedding(program)
         root = root_of(split.body, plan_modules(program, split).blocks["forward"])
         self.why_one_stage = why_one_stage(split.body, root)
-        self.layers = len(root.loop.calls) if root.loop else 0
+        self.layers = root.layers
         self.heads = None if _cuts_heads(program) else _query_heads(model)
         graphs = [block.graph for block in program.all()]
         self.experts = [n for g in graphs for n in g.nodes if n.target is layers.experts]

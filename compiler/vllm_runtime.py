@@ -378,6 +378,75 @@ class CheckpointNames(WeightsMapper):
         return self.modules
 
 
+class Carried:
+    """A value that pipeline stages send on: its name, and the stages that receive it.
+
+    Args:
+        to: the layers with which such a stage may begin.
+        sizes: beside the number of tokens.
+        dtype: None for the engine's own.
+        cut: the dim that is cut over the ranks, and the number of its parts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        to: range,
+        *sizes: int,
+        dtype: torch.dtype | None = None,
+        cut: tuple[int, int] | None = None,
+    ) -> None:
+        self.name, self.to, self.dtype = name, to, dtype
+        self.sizes, self.dim = list(sizes), None
+        ranks = get_tensor_model_parallel_world_size()
+        if cut is not None:  # ranks beyond the number of parts have some part again
+            self.dim, parts = cut
+            self.sizes[self.dim - 1] = sizes[self.dim - 1] // parts * max(parts, ranks)
+
+
+class Stage:
+    """The layers of a pipeline stage, and what it receives and sends.
+
+    Between stages the engine sends a part of each tensor from each rank, and joins them: as if all
+    ranks had the same. So what is cut over the ranks is joined before, and cut again.
+    """
+
+    def __init__(self, start_layer: int, end_layer: int, *values: Carried) -> None:
+        self.layers = range(start_layer, end_layer)
+        self.received_values = {v.name: v for v in values if start_layer in v.to}
+        self.sent_values = {v.name: v for v in values if end_layer in v.to}
+
+    def received(self, tensors: IntermediateTensors) -> dict[str, torch.Tensor]:
+        """What this stage receives, by name."""
+        found = {}
+        for name, value in self.received_values.items():
+            x = tensors[name]
+            if value.dim is not None:
+                width = x.shape[value.dim] // get_tensor_model_parallel_world_size()
+                x = x.narrow(value.dim, get_tensor_model_parallel_rank() * width, width)
+            found[name] = x
+        return found
+
+    def sent(self, **values: torch.Tensor | None) -> IntermediateTensors:
+        """Of all values those that the next stage receives."""
+        found = {}
+        for name, value in self.sent_values.items():
+            x = values[name].contiguous()
+            found[name] = x if value.dim is None else tensor_model_parallel_all_gather(x, value.dim)
+        return IntermediateTensors(found)
+
+    def make_empty(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Room for what this stage receives."""
+        return IntermediateTensors(
+            {
+                name: torch.zeros((batch_size, *v.sizes), dtype=v.dtype or dtype, device=device)
+                for name, v in self.received_values.items()
+            }
+        )
+
+
 def check_config(vllm_config: VllmConfig, compiled_for: dict) -> None:
     """Refuse a folder whose config.json is not the one this file was compiled for."""
     config = vllm_config.model_config.hf_text_config  # of a model of text and images, its own part

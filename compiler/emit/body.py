@@ -8,14 +8,15 @@ from torch import fx
 
 from compiler.emit.block import constructor, method_lines, parents, statements, symbol_lines
 from compiler.emit.scope import Scope
+from compiler.emit.staged import StageLines
 from compiler.emit.text import call, quoted
-from compiler.emit.whole import DYNAMIC, Whole
+from compiler.emit.whole import DYNAMIC
 from compiler.ir import MODEL_DTYPE, tensor_type
 from compiler.names import unique
 from compiler.roll import Loop
 
 
-class BodyLines(Whole):
+class BodyLines(StageLines):
     """Writes it."""
 
     def model_class(self) -> list[str]:
@@ -62,13 +63,12 @@ class BodyLines(Whole):
         ]
 
     def body_constructor(self) -> list[str]:
-        loop = self.root.loop
         lines = constructor(self.body)
         if self.staged:
             lines = self.by_stage(lines)
         for container in self.containers():
             lines += parents(container, lines)
-            lines += self.make_layers(container, loop)
+            lines += self.make_layers(container)
         return lines
 
     def by_stage(self, lines: list[str]) -> list[str]:
@@ -105,7 +105,7 @@ class BodyLines(Whole):
         found = (a.rpartition(".") for a in self.body.placed.calls.values())
         return list(dict.fromkeys(c for c, _, i in found if c and i.isdigit()))
 
-    def make_layers(self, container: str, loop: Loop | None) -> list[str]:
+    def make_layers(self, container: str) -> list[str]:
         """The lines that make a list of layers, of one class or of several."""
         m = self.module
         calls = {
@@ -120,33 +120,15 @@ class BodyLines(Whole):
         kinds = [] if len(set(classes)) == 1 else _sequence("kinds", classes)
         count = m.size("layers", len(calls))
         prefix = f'prefix=f"{{prefix}}.{container}"'
-        if self.staged and loop is not None and container == loop.container:
-            m.use("make_layers")
-            names = [quoted(n) for n in self.carried()]
-            sizes = {t.meta["type"].shape[-1] for t in loop.results}
-            assert len(sizes) == 1
-            hidden = self.hidden(next(iter(sizes)))
-            dtypes = [tensor_type(t).dtype for t in loop.results]
-            if {*dtypes} == {MODEL_DTYPE}:
-                factory = m.use("make_empty_intermediate_tensors_factory")
-                kept = f"[{', '.join(names)}]"
-            else:
-                m.use("torch")
-                factory = m.help("empty_of")
-                own = ("None" if d == MODEL_DTYPE else str(d) for d in dtypes)
-                kept = "{" + ", ".join(map("{}: {}".format, names, own)) + "}"
+        if self.staged and container == self.root.container:
             return [
                 *kinds,
                 *call(
-                    f"self.start_layer, self.end_layer, self.{container} = make_layers",
+                    f"self.start_layer, self.end_layer, self.{container} = {m.use('make_layers')}",
                     [count, make.replace("'", '"') if kinds else make, prefix],
                     8,
                 ),
-                *call(
-                    f"self.make_empty_intermediate_tensors = {factory}",
-                    [kept, hidden],
-                    8,
-                ),
+                *(self.plain_stages() if self.is_plain else self.stage_constructor()),
             ]
         one = classes[0] if not kinds else "kind"
         over = f"for i in range({count})" if not kinds else "for i, kind in enumerate(kinds)"
@@ -162,10 +144,25 @@ class BodyLines(Whole):
             "        )",
         ]
 
-    def hidden(self, size: int) -> str:
-        return self.module.size("hidden", size)
+    def plain_stages(self) -> list[str]:
+        """What makes room for what a loop carries from layer to layer."""
+        m, loop = self.module, self.root.loop
+        assert loop is not None
+        names = [quoted(n) for n in self.loop_names()]
+        (size,) = {t.meta["type"].shape[-1] for t in loop.results}
+        dtypes = [tensor_type(t).dtype for t in loop.results]
+        if {*dtypes} == {MODEL_DTYPE}:
+            factory = m.use("make_empty_intermediate_tensors_factory")
+            kept = f"[{', '.join(names)}]"
+        else:
+            m.use("torch")
+            factory = m.help("empty_of")
+            own = ("None" if d == MODEL_DTYPE else str(d) for d in dtypes)
+            kept = "{" + ", ".join(map("{}: {}".format, names, own)) + "}"
+        arguments = [kept, m.size("hidden", size)]
+        return call(f"self.make_empty_intermediate_tensors = {factory}", arguments, 8)
 
-    def carried(self) -> list[str]:
+    def loop_names(self) -> list[str]:
         """Names of the values that go from layer to layer."""
         loop = self.root.loop
         assert loop is not None
@@ -179,50 +176,53 @@ class BodyLines(Whole):
         tokens, positions = self.split.body.inputs
         scope.bind(tokens, "input_ids")
         scope.bind(positions, "positions")
+        local = statements(scope, root.local, 8)
         before = self.before_layers()
+        layers = self.loop_lines(before) if root.loop else self.steps()
+        after = statements(scope, [n for n in root.after if n not in root.local], 8)
         (result,) = self.split.body.results
-        if root.loop is None:
-            return [
-                *symbol_lines(scope, positions),
-                *before,
-                f"        return {scope.value(result)}",
-            ]
-        loop, names = root.loop, self.carried()
+        after.append(f"        return {scope.value(result)}")
+        start = [*symbol_lines(scope, positions), *local]
+        if not self.staged:
+            return [*start, *before, *layers, *after]
+        if self.is_plain:
+            names = self.loop_names()
+            received = [f'            {n} = intermediate_tensors["{n}"]' for n in names]
+            values = ", ".join(f'"{n}": {n}' for n in names)
+            sent = [f"            return IntermediateTensors({{{values}}})"]
+        else:
+            before += self.first_stage()
+            received, sent = self.received(), self.sent()
+        return [
+            *start,
+            "        if get_pp_group().is_first_rank:",
+            *(f"    {line}" for line in before),
+            "        else:",
+            "            assert intermediate_tensors is not None",
+            *received,
+            *layers,
+            "        if not get_pp_group().is_last_rank:",
+            *sent,
+            *after,
+        ]
+
+    def loop_lines(self, before: list[str]) -> list[str]:
+        """The loop over the layers; what its variables begin with is added to what is before it."""
+        scope, loop, names = self.body, self.root.loop, self.loop_names()
+        assert loop is not None
         values = ["None" if i is None else scope.value(i) for i in loop.initial]
         changed = [(n, v) for n, v in zip(names, values, strict=True) if n != v]
         # At once: one of the values may be what another's name has held so far.
-        starts = [self.keep(node) for node in self.read_later() if scope.names.get(node) in names]
+        before += [self.keep(node) for node in self.read_later() if scope.names.get(node) in names]
         if changed:
             left, right = (", ".join(side) for side in zip(*changed, strict=True))
-            starts.append(f"        {left} = {right}")
+            before.append(f"        {left} = {right}")
         for node, carried in zip(loop.results, names, strict=True):
             scope.bind(node, carried)
         over = f"self.{loop.container}"
         if self.staged:
             over = f"{self.module.use('islice')}({over}, self.start_layer, self.end_layer)"
-        lines = [
-            f"        for layer in {over}:",
-            *self.call_layer(loop, names),
-        ]
-        after = statements(scope, root.after, 8)
-        end = f"        return {scope.value(result)}"
-        if not self.staged:
-            return [*symbol_lines(scope, positions), *before, *starts, *lines, *after, end]
-        received = [f'            {n} = intermediate_tensors["{n}"]' for n in names]
-        sent = ", ".join(f'"{n}": {n}' for n in names)
-        return [
-            *symbol_lines(scope, positions),
-            "        if get_pp_group().is_first_rank:",
-            *(f"    {line}" for line in [*before, *starts]),
-            "        else:",
-            "            assert intermediate_tensors is not None",
-            *received,
-            *lines,
-            "        if not get_pp_group().is_last_rank:",
-            f"            return IntermediateTensors({{{sent}}})",
-            *after,
-            end,
-        ]
+        return [f"        for layer in {over}:", *self.call_layer(loop, names)]
 
     def call_layer(self, loop: Loop, names: list[str]) -> list[str]:
         """The loop's body: one call, or one for each way in which classes of layers are called."""
@@ -243,12 +243,8 @@ class BodyLines(Whole):
 
     def read_later(self) -> list[fx.Node]:
         """What is made before the loop over the layers, and read in each of them or after it."""
-        loop = self.root.loop
-        assert loop is not None
-        used = [n for node in self.root.after for n in node.all_input_nodes]
-        used += loop.constants
-        before = {n for n in self.root.before if n.op != "get_attr"}
-        return [node for node in dict.fromkeys(used) if node in before]
+        before = {*self.root.before, *self.root.local}
+        return [value.node for value in self.root.carried if value.node in before]
 
     def keep(self, node: fx.Node) -> str:
         """Give a value a name that the loop does not use."""
@@ -260,7 +256,8 @@ class BodyLines(Whole):
 
     def before_layers(self) -> list[str]:
         """Statements up to the layers; what embeds the tokens is a method."""
-        scope, nodes, embedding = self.body, self.root.before, self.embedding
+        scope, embedding = self.body, self.embedding
+        nodes = [n for n in self.root.before if n not in self.root.local]
         if embedding is None:
             wide = "        input_ids = input_ids.long()  # what the model computes with"
             return [wide, *statements(scope, nodes, 8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 
@@ -15,7 +16,7 @@ from compiler.modules import plan_modules
 from compiler.names import unique
 from compiler.needs import Exact, served_needs
 from compiler.partition import Partitioned
-from compiler.rewrite import is_param
+from compiler.rewrite import is_call, is_param
 from compiler.split import split_at_unembedding
 from compiler.stages import root_of, why_one_stage
 from funcmodels.config_json import config_of_fields
@@ -53,12 +54,22 @@ class Whole:
         self.head = Scope(self.module, split.head, plan.blocks["compute_logits"])
         self.root = root_of(split.body, self.body.placed)
         (result,) = split.body.results
+        for node in split.body.graph.nodes:
+            if is_call(node, operator.getitem) and node.args[0].op == "call_module":
+                self.body.preferred[node] = self._name_of_part(node)
         self.body.preferred[result] = "hidden_states"
         taken = {self.module.class_name(name) for name in plan.blocks} | {self.model.name}
         base = self.module.prefix
         self.body_class = unique(
             f"{base}Model" if f"{base}Model" not in taken else f"{base}Body", taken
         )
+
+    def _name_of_part(self, part: fx.Node) -> str:
+        """What a block calls one of its results, where its caller calls it nothing."""
+        while part.name.startswith("getitem") and part.args[0].op == "call_module":  # type: ignore[union-attr]
+            call, i = part.args
+            part = self.program.blocks[str(call.target)].results[i]  # type: ignore[union-attr,index]
+        return re.sub(r"_\d+$", "", part.name)
 
     @property
     def staged(self) -> bool:

@@ -101,11 +101,11 @@ class Inventory:
     def stages(self, blocks: tuple[BlockView, ...]) -> tuple[Stage, ...]:
         """The totals of each stage."""
         count = self.setting.pp
-        loop = self.root.loop
-        numbers = layers_of_stages(len(loop.calls), count) if loop else [range(0)]
+        numbers = layers_of_stages(self.root.layers, count)
         sends = [0] * count
-        if count > 1 and loop is not None:
-            sends = [sum(map(self._bytes, loop.results))] * (count - 1) + [0]
+        for i, after in enumerate(numbers[1:]):
+            values = [value.node for value in self.root.carried if after.start in value.to]
+            sends[i] = sum(map(self._bytes, values))
         return tuple(_stage(i, blocks, numbers[i], sends[i]) for i in range(count))
 
     # Where blocks are
@@ -124,13 +124,15 @@ class Inventory:
 
     def _stages_of(self, node: fx.Node) -> tuple[tuple[int, ...], int]:
         """The stages that hold a statement of the body's, and the one that runs it."""
-        last, loop = self.setting.pp - 1, self.root.loop
+        last = self.setting.pp - 1
         everywhere = tuple(range(last + 1))
-        if loop is not None and node in loop.calls:
-            number = loop.calls.index(node)
-            cut = layers_of_stages(len(loop.calls), last + 1)
+        number = self.root.layer_of(node)
+        if number is not None:
+            cut = layers_of_stages(self.root.layers, last + 1)
             stage = next(i for i, numbers in enumerate(cut) if number in numbers)
-            return (stage,), stage
+            attr = self.plan.blocks["forward"].calls.get(node, "")
+            of_layer = attr.startswith(f"{self.root.container}.")
+            return ((stage,) if of_layer else everywhere), stage
         runs = last if node in self.root.after else 0
         if node not in self.plan.blocks["forward"].layers:
             return everywhere, runs  # bare parameters and single blocks are made on all

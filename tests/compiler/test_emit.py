@@ -25,6 +25,7 @@ from funcmodels import ops
 from funcmodels.errors import LoweringError
 from tests.compiler.programs import TABLE, axes, small
 from tests.compiler.random_programs import Spec, model_of, specs
+from tests.engine.test_value_residual import model as value_residual
 from tests.models.zoo import rows
 from tests.tiny_llama import tiny
 
@@ -156,6 +157,7 @@ MODELS: dict[str, Callable[[], fm.Model]] = {
     "custom": custom,
     "transposed": transposed,
     "unrolled": unrolled,
+    "value_residual": lambda: value_residual,
     "glm4_moe": lambda: rows()["glm4_moe"].model(),
     "gemma3": lambda: rows()["gemma3"].model(),
     "deepseek_v3": lambda: rows()["deepseek_v3"].model(),

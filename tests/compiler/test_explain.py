@@ -29,6 +29,7 @@ from funcmodels.models import llama
 from tests.compiler.programs import TABLE, axes, small
 from tests.compiler.random_programs import model_of, specs
 from tests.engine.poolers import pooler
+from tests.engine.test_value_residual import model as value_residual
 from tests.tiny_llama import tiny
 
 # Sizes of the checkpoints' config.json: layers, hidden, mlp, heads; and their published parameters.
@@ -345,6 +346,15 @@ def test_a_model_without_a_loop_has_one_stage():
     with pytest.raises(ShardingError, match="cannot be cut into pipeline stages") as error:
         fm.explain(ODD_MODEL, pp=2)
     assert "layers" in str(error.value.lines["got"])
+
+
+def test_stages_send_on_what_later_ones_read():
+    """Of three layers, two on the first stage: a stream of 128, and 2 heads of 32 values."""
+    found = fm.explain(value_residual, tp=2, pp=2)
+    assert [len(stage.layers) for stage in found.stages] == [2, 1]
+    assert [stage.sends for stage in found.stages] == [2 * (128 + 2 * 32), 0]
+    grid = fm.check_grid(value_residual, tp=[1], pp=[1, 2, 3, 4])
+    assert grid.valid == ((1, 1, 1), (1, 2, 1), (1, 3, 1))
 
 
 def test_attention_that_is_not_cut_still_needs_ranks_that_divide_its_heads():

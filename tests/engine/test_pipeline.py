@@ -7,16 +7,20 @@ import funcmodels as fm
 from funcmodels import ops
 from tests.engine.custom import custom
 from tests.engine.harness import generate, make_llm, run_in_engine
+from tests.engine.rereading import model as rereading
 from tests.engine.test_lora import OPTIONS, write_adapter
+from tests.engine.test_value_residual import model as value_residual
 from tests.engine.tiny import (
     PROMPTS,
     check,
+    distance,
     expected,
     register,
     saved,
     serve_model,
     tiny_llama,
 )
+from tests.engine.unusual import stacked
 
 STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 MODELS = {
@@ -49,21 +53,31 @@ def test_adapters_over_stages(tmp_path):
 
 
 def skipping(params, tokens, positions, segment_ids=None):
-    """What the first layer makes is added again after the third."""
+    """A U-net: what the first layers make is added again, scaled, in the last ones."""
     x = ops.embed(tokens, params["embed"])
-    kept = None
+    gain, kept = torch.sigmoid(params["gain"]), []
     for i, p in enumerate(params["layers"]):
+        x = x if i < 2 else x + kept.pop() * gain
         x = attend(p, x, positions, segment_ids)
-        kept = x if i == 0 else kept
-        x = x + kept if i == 2 else x
+        kept += [x] if i < 2 else []
     return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-5), params["head"])
 
 
-def rereading(params, tokens, positions, segment_ids=None):
-    """Every layer reads the embeddings."""
+def from_first(params, tokens, positions, segment_ids=None):
+    """Every layer reads the embeddings, and what comes of the positions."""
     x = first = ops.embed(tokens, params["embed"])
+    even = (positions % 2 == 0).unsqueeze(-1)
     for p in params["layers"]:
-        x = attend_to_both(p, x, first, positions, segment_ids)
+        x = attend_to_both(p, torch.where(even, x, x / 2), first, positions, segment_ids)
+    return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-5), params["head"])
+
+
+def returning(params, tokens, positions, segment_ids=None):
+    """What the first layer holds is read after the last one."""
+    x = ops.embed(tokens, params["embed"])
+    for i, p in enumerate(params["layers"]):
+        x = attend(p, x, positions, segment_ids) * (p["gain"] if i % 2 == 0 else 1.0)
+    x = x * params["layers"][0]["gain"]
     return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-5), params["head"])
 
 
@@ -97,16 +111,7 @@ def layer():
     return {**{name: P("heads head_dim hidden") for name in "qkv"}, "o": P("heads head_dim hidden")}
 
 
-REASONS = {
-    skipping: "what layers.0 returns is used at test_pipeline.py:",
-    rereading: "every layer reads what is made at test_pipeline.py:",
-    two_lists: "its layers are in several lists: layers, late",
-}
-
-
-@pytest.mark.parametrize("forward", REASONS)
-def test_what_cannot_be_cut_is_refused(forward, tmp_path):
-    """It says why; in one stage it is served."""
+def uncut(forward):
     tree = {
         "embed": P("vocab hidden"),
         "layers": [layer() for _ in range(4)],
@@ -114,7 +119,71 @@ def test_what_cannot_be_cut_is_refused(forward, tmp_path):
         "head": P("vocab hidden"),
     }
     tree |= {"late": [layer(), layer()]} if forward is two_lists else {}
-    model = fm.Model("Uncut", {"max_position_embeddings": 256}, tree, forward, {"heads": "tp"})
+    tree |= {"gain": P("hidden")} if forward is skipping else {}
+    if forward is returning:
+        tree["layers"] = [{**own, "gain": P("hidden", init="ones")} for own in tree["layers"]]
+    return fm.Model("Uncut", {"max_position_embeddings": 256}, tree, forward, {"heads": "tp"})
+
+
+CARRYING = {
+    "skipping": lambda: uncut(skipping),
+    "from_first": lambda: uncut(from_first),
+    "value_residual": lambda: value_residual,
+    "shared_keys": lambda: stacked,
+    "rereading": lambda: rereading,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tp", "stages", "compiled"),
+    [
+        ("skipping", 1, 2, False),
+        ("skipping", 1, 4, False),
+        pytest.param("from_first", 1, 2, True, marks=pytest.mark.slow),
+        ("value_residual", 2, 2, False),
+        ("shared_keys", 2, 2, False),
+        ("rereading", 1, 2, False),
+    ],
+)
+def test_stages_that_send_on_more_than_one_value(kind, tp, stages, compiled, tmp_path):
+    """From early layers to late ones; of keys and values each rank has its heads."""
+    model = CARRYING[kind]()
+    weights = saved(model, tmp_path)
+    settings = {**STAGES, "pipeline_parallel_size": stages}
+    check(
+        serve_model(model, tmp_path, tp=tp, compiled=compiled, **settings), expected(model, weights)
+    )
+
+
+@pytest.mark.parametrize("kind", ["skipping", "shared_keys"])
+def test_a_value_that_is_not_sent_is_seen(kind, tmp_path):
+    """The next stage has zeros in its place, or the heads of another rank."""
+    model = CARRYING[kind]()
+    weights = saved(model, tmp_path)
+    fault = {
+        "skipping": ("found[name] = x if", "found[name] = x * 0 if name != 'x' else x if"),
+        "shared_keys": ("get_tensor_model_parallel_rank() * width", "0"),
+    }[kind]
+    served = serve_model(
+        model,
+        tmp_path,
+        tp=2 if kind == "shared_keys" else 1,
+        edit=lambda source: source.replace(*fault),
+        **STAGES,
+    )
+    assert distance(served, expected(model, weights)) > 1e-3
+
+
+REASONS = {
+    returning: "what is made at test_pipeline.py:",
+    two_lists: "its layers are in several lists: layers, late",
+}
+
+
+@pytest.mark.parametrize("forward", REASONS)
+def test_what_cannot_be_cut_is_refused(forward, tmp_path):
+    """It says why; in one stage it is served."""
+    model = uncut(forward)
     weights = saved(model, tmp_path, scale=1.3)
     check(serve_model(model, tmp_path), expected(model, weights))
     # vLLM's error names no cause; the worker's output, which the harness keeps, does.
