@@ -17,9 +17,12 @@ from compiler import evaluate
 from compiler.check import check_needs
 from compiler.comm import Comm, Simulated
 from compiler.compare_forms import check_forms
+from compiler.emit import emit_model
 from compiler.ir import Program, TensorType, target_name
+from compiler.pad_vocabulary import pad_vocabulary
 from compiler.partition import Partitioned
 from compiler.placement import Partial, Placement, Shard
+from compiler.refuse import defined
 from compiler.vllm_target import lowering
 from funcmodels.errors import FuncModelsError
 from funcmodels.source import SourceLine
@@ -70,12 +73,17 @@ def verify(
         VerificationError: names the first step of the lowering whose logits differ by more than the
             dtype's tolerance, and in it the first operation that does, with the user's line.
         RecurrenceError: a recurrence's chunked form is not its step, on what the model gives it.
-        ShardingError: the axes, the vocabulary too, do not divide over so many ranks.
+        ShardingError: the axes do not divide over so many ranks, nor does the vocabulary as the
+            engine pads it: it is padded here too, where it has to be.
+        TraceError, LoweringError: the model cannot be served.
     """
     found: list[tuple[str, Program]] = list(lowering(model))
     _, traced = found[0]
     lowered = found[-1][1]
     assert isinstance(lowered, Partitioned)
+    emit_model(lowered)  # refuses what serving does
+    if (more := pad_vocabulary(model, weights, lowered, tp)) is not None:
+        return verify(*more, prompts, tp=tp)
     check_needs(model, lowered.needs, tp)
     check_forms(traced, weights, prompts)
     worst = 0.0
@@ -87,6 +95,8 @@ def verify(
             logits = _run(program, weights, tokens, comm)
             differences = [_difference(one, want) for one in logits]
             if max(differences) > _tolerance(want):
+                if program is traced:
+                    raise _another_function(model, len(prompt), max(differences))
                 at = _first_difference(traced, program, weights, tokens, comm)
                 raise _error(model, name, at, max(differences), tp)
             worst = max(worst, *differences)
@@ -186,6 +196,17 @@ def _leads_to(node: fx.Node, good: set[fx.Node]) -> bool:
         seen.add(user)
         todo += user.users
     return False
+
+
+def _another_function(model: Model, count: int, difference: float) -> VerificationError:
+    return VerificationError(
+        f"{model.name} does something else for {count} tokens than when it was recorded",
+        got=f"logits that differ by {difference:.2g} of the largest, before anything is lowered",
+        need="a function that does the same each time, for any number of tokens",
+        from_=defined(model.forward),
+        fix="look for what it reads beside its arguments: globals that change, caches, the time, "
+        "or the number of tokens in a library's code",
+    )
 
 
 def _error(

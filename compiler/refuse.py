@@ -59,7 +59,7 @@ def name_of(fn: Callable[..., Any]) -> str:
     return getattr(_function(fn), "__name__", type(fn).__name__)
 
 
-def _defined(fn: Callable[..., Any]) -> SourceLine | None:
+def defined(fn: Callable[..., Any]) -> SourceLine | None:
     """The line that a function is defined on."""
     code = getattr(_function(fn), "__code__", None)
     return code and SourceLine(code.co_filename, code.co_firstlineno, code.co_name)
@@ -162,7 +162,7 @@ def drew_numbers(fn: Callable[..., Any], before: tuple[object, ...]) -> None:
             f"{name_of(fn)} draws random numbers from {found[0]}",
             got="a number that is another one each time it is called",
             need="a pure function: the same arguments give the same result",
-            from_=_defined(fn),
+            from_=defined(fn),
             fix="a config field, or a parameter that is not trained",
         )
 
@@ -175,7 +175,7 @@ def mutated_tree(fn: Callable[..., Any], before: list[Any], after: list[Any]) ->
         f"{name_of(fn)} changes the parameters it was given",
         got="a dict or list among its arguments holds other values after the call",
         need="a pure function: read from p, never assign to p[...]",
-        from_=_defined(fn),
+        from_=defined(fn),
         fix="bind the new value to a local name: q = p['q'] * scale",
     )
 
@@ -363,6 +363,6 @@ def wrong_result(forward: Callable[..., Any], logits: Any, tokens: Tensor) -> No
         f"{name_of(forward)} does not return logits",
         got=got,
         need="one floating-point tensor of shape (num_tokens, vocab) for tokens (num_tokens,)",
-        from_=_defined(forward),
+        from_=defined(forward),
         fix="return ops.unembed(x, params['head']), with x of shape (*batch, seq, hidden)",
     )

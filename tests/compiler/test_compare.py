@@ -15,10 +15,14 @@ import compiler.passes
 import funcmodels as fm
 from compiler import layers
 from compiler.compare import VerificationError
+from compiler.emit import expressions
 from compiler.ir import Program
 from compiler.rewrite import copy_block
-from funcmodels.errors import ShardingError
+from funcmodels import ops
+from funcmodels.errors import LoweringError, ShardingError
 from funcmodels.models import llama
+from tests.compiler import programs
+from tests.compiler.programs import small
 from tests.engine.custom import custom
 from tests.tiny_llama import tiny, weights_of
 
@@ -132,7 +136,47 @@ def test_a_fused_norm(monkeypatch):
     assert "in decoder_layer" in str(error.value.lines["from"])
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_vocabulary_is_padded_as_the_engine_does(tp):
+    model = tiny()
+    assert model.by_path["embed"].shape[0] == 97
+    found = fm.verify(model, weights_of(model, dtype=torch.float64), PROMPTS, tp=tp)
+    assert found.difference < 1e-6
+    tied = tiny(tie_word_embeddings=True)
+    assert fm.verify(tied, weights_of(tied), PROMPTS, tp=tp).difference < 1e-3
+
+
 def test_ranks_that_do_not_divide():
-    model = tiny()  # 97 words: only the engine pads
-    with pytest.raises(ShardingError, match="vocab"):
-        fm.verify(model, weights_of(model), PROMPTS, tp=2)
+    model = tiny()
+    with pytest.raises(ShardingError, match=r"cannot split axis"):
+        fm.verify(model, weights_of(model), PROMPTS, tp=3)
+
+
+def served_as(body: Callable[..., Any]) -> fm.Model:
+    def forward(params, tokens, positions, segment_ids=None):
+        return ops.unembed(body(ops.embed(tokens, params["embed"]), tokens), params["head"])
+
+    return small(forward)
+
+
+def test_a_function_that_changes_is_not_the_compilers_fault():
+    calls: list[int] = []
+
+    def body(x, tokens):
+        calls.append(1)
+        return x * len(calls)
+
+    model = served_as(body)
+    match = "does something else for 6 tokens than when it was recorded"
+    with pytest.raises(VerificationError, match=match) as error:
+        fm.verify(model, programs.weights_of(model), PROMPTS)
+    assert "test_compare.py" in str(error.value.lines["from"])
+    assert "globals that change" in error.value.lines["fix"]
+
+
+def test_what_cannot_be_served_is_refused(monkeypatch):
+    """Emission refuses it, and so does the comparison, which would not need the text."""
+    monkeypatch.setitem(expressions._SPECIAL, torch.neg, lambda scope, node: "f(a=1, a=2)")
+    model = served_as(lambda x, tokens: -x)
+    with pytest.raises(LoweringError, match="is not Python"):
+        fm.verify(model, programs.weights_of(model), PROMPTS)
