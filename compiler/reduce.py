@@ -58,7 +58,10 @@ def _buckets(weights: dict[str, Tensor]) -> list[list[str]]:
 
 
 def global_mean(comms: list[Processes], values: Tensor, weights: Tensor | None) -> Tensor:
-    """The weighted mean over all ranks; its gradient by each rank's values is that of the whole."""
+    """The weighted mean over all ranks; its gradient by each rank's values is that of the whole.
+
+    0 where nothing has a weight, as of `fm.loss`.
+    """
     if weights is None:
         weights = torch.ones_like(values)
     # float32: a count of tokens in bfloat16 is exact up to 256 only.
@@ -68,4 +71,4 @@ def global_mean(comms: list[Processes], values: Tensor, weights: Tensor | None) 
     for comm in comms:
         (total,) = comm.call("all_reduce", [total])
         (count,) = comm.call("all_reduce", [count])
-    return total / count
+    return total / torch.where(count == 0, 1, count)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,8 @@ class CompiledModel(nn.Module):
                 fix="sequence_parallel=False",
             )
         self.programs: dict[Any, Program] = {}
-        self.linked: dict[Any, Linked] = {}
+        self.linked: dict[str, Linked] = {}
+        self.of_losses: dict[str, Model] = {}
         placements = {}
         if self.ranks is not None and self.ranks.tp is not None:
             program = self.program(batched=False, segments=False)
@@ -207,9 +209,7 @@ class CompiledModel(nn.Module):
         segment_ids: Tensor | None,
     ) -> Tensor:
         """Logits, or with options each token's loss, (*batch, seq, 1)."""
-        forward = self.model.forward
-        if losses is not None:
-            forward = model_of_losses(self.model, losses).forward
+        forward = self._forward(losses)
         if self.ranks is None:
             return forward(weights, tokens, positions, segment_ids)
         local = dict(tree.items(weights))
@@ -222,6 +222,12 @@ class CompiledModel(nn.Module):
         linked = self._linked(local, tokens, segment_ids, losses)
         inputs = [tokens, positions, *([] if segment_ids is None else [segment_ids])]
         return linked(local, inputs)
+
+    def _forward(self, losses: LossOptions | None) -> Callable[..., Tensor]:
+        """The user's function of whole weights, or that of each token's loss."""
+        if losses is None:
+            return self.model.forward
+        return self.of_losses[_make_losses(self, *losses)].forward
 
     def _linked(
         self,
@@ -245,8 +251,8 @@ class CompiledModel(nn.Module):
         dtype = torch.float32 if path is None else local[path].dtype
         if self.sequence_parallel:
             self._check_divides(tokens)
-        _link(self, batched, segments, dtype, tokens.device, losses)
-        return self.linked[batched, segments, dtype, tokens.device, losses]
+        options = None if losses is None else (losses.chunk, losses.label_smoothing, losses.z_loss)
+        return self.linked[_link(self, batched, segments, dtype, tokens.device, options)]
 
     def _check_parts(self, local: dict[str, Tensor]) -> None:
         """Weights are this process's parts: whole ones would be taken for parts of larger ones."""
@@ -303,23 +309,51 @@ class CompiledModel(nn.Module):
         return global_mean([] if self.ranks is None else self.ranks.of_data, values, weights)
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it, and does not look into it
+# torch.compile calls these, and does not look into them. It gives them named tuples without what
+# is in them, and so they take plain ones.
+
+
+@torch.compiler.assume_constant_result
 def _link(
     module: CompiledModel,
     batched: bool,
     segments: bool,
     dtype: torch.dtype,
     device: torch.device,
-    losses: LossOptions | None,
-) -> bool:
-    """See that a program is there as functions, whatever transforms are at work."""
-    key = (batched, segments, dtype, device, losses)
+    options: tuple[int | None, float, float] | None,
+) -> str:
+    """See that a program is there as functions, whatever transforms are at work; its key."""
+    key = repr((batched, segments, dtype, device, options))
     if key not in module.linked:
         assert module.layout is not None
-        with temporarily_clear_interpreter_stack(), torch.enable_grad():
+        with temporarily_clear_interpreter_stack(), torch.enable_grad(), _not_compiling():
+            losses = None if options is None else LossOptions(*options)
             program = module.program(batched=batched, segments=segments, losses=losses)
             module.linked[key] = Linked(program, module.layout, dtype, device)
-    return True
+    return key
+
+
+@torch.compiler.assume_constant_result
+def _make_losses(
+    module: CompiledModel, chunk: int | None, label_smoothing: float, z_loss: float
+) -> str:
+    """See that the model of losses is there; its key."""
+    losses = LossOptions(chunk, label_smoothing, z_loss)
+    key = repr(losses)
+    if key not in module.of_losses:
+        module.of_losses[key] = model_of_losses(module.model, losses)
+    return key
+
+
+@contextmanager
+def _not_compiling() -> Iterator[None]:
+    """A model is recorded as it runs by itself: in what torch.compile compiles, ops differ."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def copied_to(value: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from funcmodels import tree
 from funcmodels.errors import ShapeError
+from funcmodels.loss import ENTRIES, entries
 from funcmodels.ops.embed_rows import rows_aside
 
 
@@ -71,8 +72,7 @@ def accumulate(
     Args:
         fn: (weights, batch) -> a scalar, a mean over the batch, such as `fm.loss`'s.
         microbatches: into how many parts each tensor of the batch is cut, along its first dim.
-        count: of a part, how many things its mean is of. Unless given, the tokens in "loss_mask"
-            that count, where the batch is a mapping that has one; its rows otherwise.
+        count: of a part, how many things its mean is of; `count_of` unless given.
     Returns:
         A function of weights and batch, as of `fm.grad_and_value(fn)`: (grads, loss). Sums are in
         float32 or better, and the gradients in the dtypes of the weights.
@@ -83,7 +83,7 @@ def accumulate(
 
     def call(weights: Any, batch: Any) -> tuple[Any, Tensor]:
         parts = _parts(batch, microbatches)
-        counts = [torch.as_tensor((count or _count)(part)) for part in parts]
+        counts = [torch.as_tensor((count or count_of)(part)) for part in parts]
         whole = torch.stack([c.to(torch.float64) for c in counts]).sum()
         whole = torch.where(whole == 0, 1, whole)
         grads, loss = None, None
@@ -122,10 +122,19 @@ def _divisors(size: int) -> list[int]:
     return [d for d in range(1, size + 1) if size % d == 0]
 
 
-def _count(part: Any) -> Tensor | float:
-    if isinstance(part, Mapping) and "loss_mask" in part:
-        return part["loss_mask"].sum()
-    return float(tree.leaves(part)[0].shape[0])
+def count_of(batch: Any) -> Tensor:
+    """Of how many things a loss is taken to be the mean, () on the device of the batch.
+
+    Of a batch as of `fm.pack`, the tokens that have a loss; of another with a "loss_mask", what
+    that leaves; of any other, its rows.
+    """
+    if isinstance(batch, Mapping):
+        if "tokens" in batch and not set(batch) - set(ENTRIES):
+            return entries(batch)["loss_mask"].sum()
+        if "loss_mask" in batch:
+            return batch["loss_mask"].sum()
+    first = tree.leaves(batch)[0]
+    return torch.tensor(float(first.shape[0]), device=first.device)
 
 
 def _is_differentiated(args: Any) -> bool:

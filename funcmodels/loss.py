@@ -138,7 +138,7 @@ def entries(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     mask = given.get("loss_mask", torch.ones_like(tokens, dtype=torch.bool))
     if "targets" not in given:
         given["targets"] = tokens.roll(-1, -1)
-        mask = mask & _has_next(tokens, given.get("segment_ids"))
+        mask = mask.masked_fill(~_has_next(tokens, given.get("segment_ids")), 0)
     given["loss_mask"] = mask
     return given
 

@@ -98,7 +98,7 @@ def fit(
         resume: False refuses a folder that has checkpoints.
         log: a JSONL file, a row for each step.
         tensorboard: a folder; needs the extra `tensorboard`.
-        compile: loss and gradients with `torch.compile`; True, or the name of a backend.
+        compile: the loss, and so its gradient, with `torch.compile`; True, or a backend's name.
         donate: train in the memory of `weights` itself, which are overwritten; else in a copy.
     Raises:
         NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
@@ -119,11 +119,14 @@ def fit(
         weights = weights if dtype is None else cast(job.model, weights, dtype)
         return (loss or job.loss)(model, weights, batch)
 
-    gradients = grad_and_value(loss_of)
+    # The loss alone is compiled: the backward pass is split off it with what remat says of it, and
+    # collectives and counts around it stay out of the graph.
+    backend = "inductor" if compile is True else compile
+    differentiated = torch.compile(loss_of, backend=backend) if backend else loss_of
     if microbatches > 1:
-        gradients = accumulate(loss_of, microbatches)
-    if compile:
-        gradients = torch.compile(gradients, backend=compile if compile is not True else "inductor")
+        gradients = accumulate(differentiated, microbatches, count=job.count)
+    else:
+        gradients = grad_and_value(differentiated)
     leader = not dist.is_initialized() or dist.get_rank() == 0
     said = Log(
         step=done.step,

@@ -20,6 +20,7 @@ from funcmodels.finite import (
     of_gradients,
     why_not_finite,
 )
+from funcmodels.gradients import count_of
 from funcmodels.loss import loss
 from funcmodels.optim import Optimizer, global_norm, sharded
 from funcmodels.optim.parts import holders, sum_of_squares
@@ -27,6 +28,7 @@ from funcmodels.spec import Model
 from funcmodels.training_places import Place
 
 if TYPE_CHECKING:
+    from compiler.comm import Processes
     from compiler.torch_target import CompiledModel
     from funcmodels.train import Fitted
 
@@ -44,6 +46,7 @@ class Job:
         optimizer: that of the parts which this process holds.
         places: the parts of whole tensors that this process holds, for checkpoints.
         batches: how many batches a step is made of.
+        count: (batch) -> of how many things the loss is the mean, over all processes.
     """
 
     model: Model
@@ -53,6 +56,7 @@ class Job:
     optimizer: Optimizer
     places: dict[str, Place] = field(default_factory=dict)
     batches: int = 1
+    count: Callable[[Any], Tensor] = count_of
 
 
 def one_process(model: Model, optimizer: Optimizer) -> Job:
@@ -74,13 +78,31 @@ def on_mesh(module: CompiledModel, optimizer: Optimizer, done: Fitted) -> Job:
         why_on_mesh,
         sharded(optimizer, module),
         places_of(module, done.state),
-        math.prod(comm.size for comm in module.ranks.of_data) if module.ranks is not None else 1,
+        math.prod(comm.size for comm in data_ranks(module)),
+        count_over(module),
     )
+
+
+def data_ranks(module: CompiledModel) -> list[Processes]:
+    """The dims of the mesh along which processes have batches of their own."""
+    return module.ranks.of_data if module.ranks is not None else []
 
 
 def module_loss(module: CompiledModel, weights: Any, batch: Any) -> Tensor:
     """As `fm.loss`, over the tokens of all processes; each gives its own batch."""
     return module.loss(weights, batch)
+
+
+def count_over(module: CompiledModel) -> Callable[[Any], Tensor]:
+    """`count_of` the batches of all processes together, of which `module.loss` is the mean."""
+
+    def count(batch: Any) -> Tensor:
+        total = count_of(batch).to(torch.float64)
+        for comm in data_ranks(module):
+            (total,) = comm.total([total])
+        return total
+
+    return count
 
 
 def check(module: CompiledModel) -> None:

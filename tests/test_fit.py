@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import funcmodels as fm
 from funcmodels import ops
@@ -316,3 +317,40 @@ def test_another_model_or_optimiser_is_refused(tmp_path):
 def test_compiled():
     """The graph alone: inductor takes most of a minute, and benchmarks.train runs it."""
     assert train(compile="aot_eager").losses == pytest.approx(train().losses, rel=1e-4)
+
+
+def wide(p: Any, x: Tensor) -> Tensor:
+    for _ in range(6):  # each keeps its result, unless they are computed again
+        x = x + torch.tanh(x * p["w"])
+    return x
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_computed_again():
+    """The values that the backward pass is given: fewer with remat, compiled too."""
+
+    def kept(block: Any, **settings: Any) -> tuple[int, float]:
+        def forward(params: Any, tokens: Tensor, positions: Tensor, segment_ids: Any = None):
+            x = ops.embed(tokens, params["embed"])
+            for p in params["layers"]:
+                x = block(p, x)
+            return ops.unembed(x, params["embed"])
+
+        layers = [{"w": P("hidden", init="ones")} for _ in range(2)]
+        model = fm.Model("Wide", {}, {"embed": P("vocab hidden"), "layers": layers}, forward)
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            sizes[t.data_ptr()] = t.nbytes
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            fitted = fm.fit(model, fm.init(model, seed=0), batch, steps=1, progress=False,
+                            optimizer=fm.optim.sgd(0.1), **settings)  # fmt: skip
+        return sum(sizes.values()), fitted.losses[0]
+
+    compiled = {"compile": "aot_eager"}
+    plain, again = kept(fm.block(wide), **compiled), kept(fm.block(remat=True)(wide), **compiled)
+    assert again[0] < plain[0] / 2
+    assert again[1] == pytest.approx(plain[1])
+    assert plain[1] == pytest.approx(kept(fm.block(wide))[1])

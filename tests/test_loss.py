@@ -175,6 +175,21 @@ def test_a_batch_may_hold_less_than_a_pack():
     assert (by_ids == 0).nonzero().tolist() == [[0, 2], [0, 7], [1, 2], [1, 7]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+def test_a_mask_of_any_dtype_says_what_counts(dtype):
+    model, tokens = tiny(), torch.randint(0, 97, (2, 8))
+    weights = weights_of(model)
+    mask = torch.tensor([[1] * 3 + [0] * 5, [1] * 8]).to(dtype)  # its last token has no next one
+    got = fm.loss(model, weights, {"tokens": tokens, "loss_mask": mask}, reduction="none")
+    each = fm.loss(model, weights, {"tokens": tokens}, reduction="none")
+    torch.testing.assert_close(got, each * mask)
+    mean = fm.loss(model, weights, {"tokens": tokens, "loss_mask": mask})
+    torch.testing.assert_close(mean, got.sum() / 10)
+    if dtype != torch.bool:
+        twice = fm.loss(model, weights, {"tokens": tokens, "loss_mask": 2 * mask})
+        torch.testing.assert_close(twice, mean)
+
+
 def test_what_is_no_batch_is_refused():
     model = tiny()
     tokens = torch.zeros(2, 8, dtype=torch.long)
