@@ -11,13 +11,15 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from compiler import collectives
-from compiler.ir import Block
+from compiler.ir import Block, target_name
 from compiler.placement import REPLICATE, Partial, Placement, Shard
 from compiler.recurrence import Recurrence, moved, recurrence, slot_placement
 from compiler.recurrent_kernels import kernel_of
-from compiler.rules import TOKENS
+from compiler.rules import RULES, TOKENS
 from compiler.sequence import is_by_sequence
+from compiler.sequences_apart import sequences_apart
 from funcmodels.errors import LoweringError
+from funcmodels.source import SourceLine
 from funcmodels.state import Slot
 
 if TYPE_CHECKING:
@@ -146,22 +148,59 @@ def _local(
 
 
 def _by_tokens(part: _BlockPartitioner, node: fx.Node, found: Recurrence) -> None:
-    """The engine keeps a state for each request: a step must treat each sequence by itself."""
+    """The engine keeps a state for each request: a step must treat each sequence by itself.
+
+    The sharding rules tell; of an operation that has none, it is tried.
+    """
     by_token = Shard(0, 2, TOKENS)
     xs: Any = node.args[0]
     params: Any = node.args[1]
     count = len(found.slots) + len(xs)
+    before, undo = len(part.whole.gathered), undoing(part.whole)
     made, results = part.whole.block(found.step, ((by_token,) * count + (REPLICATE,) * len(params)))
     if any(at != by_token for at in results) or speaks(made):
-        raise LoweringError(
-            f"the step {found.step.name} makes sequences depend on each other",
-            got="in the engine, its leading dim holds one token of each of many requests",
-            need="a step of each sequence by itself",
-            from_=node.meta["where"],
-            fix="reduce over the dims of a token alone, which are the last ones",
-        )
+        known = {target_name(target) for target in RULES}
+        unknown = [g for g in part.whole.gathered[before:] if g.operation not in known]
+        if not unknown:
+            raise _depends(found, *_first_said(made, node))
+        if not sequences_apart(part.whole.source, found.step):
+            raise _not_known(found, unknown[0].operation, unknown[0].where)
+        undo()
+        results = (by_token,) * len(results)
     args = map_arg(node.args, lambda old: part.env[old])
     _put(part, node, args, found, results[len(found.slots) :])
+
+
+def _first_said(made: Block, node: fx.Node) -> tuple[str, SourceLine]:
+    """The operation for which a block first needs something of others, and its line."""
+    for said in made.graph.nodes:
+        if said.target in _SPEAKING:
+            asked = [said.args[0], *said.users]
+            shown = asked[0] if said.target is collectives.all_reduce else asked[-1]
+            return target_name(shown.target), said.meta["where"]
+    return "what it returns", node.meta["where"]
+
+
+def _depends(found: Recurrence, operation: str, where: SourceLine) -> LoweringError:
+    return LoweringError(
+        f"the step {found.step.name} makes sequences depend on each other: {operation}",
+        got="in the engine, its leading dim holds one token of each of many requests",
+        need="a step of each sequence by itself",
+        from_=where,
+        fix="reduce over the dims of a token alone, which are the last ones",
+    )
+
+
+def _not_known(found: Recurrence, operation: str, where: SourceLine) -> LoweringError:
+    return LoweringError(
+        f"{operation} in the step {found.step.name} is not known to treat each sequence by itself",
+        got="it has no sharding rule, and tried on random numbers, a sequence's result depends "
+        "on others, or it fails",
+        need="a step of each sequence by itself: in the engine, its leading dim holds one token "
+        "of each of many requests",
+        from_=where,
+        fix="write it with torch functions that have a rule, over the dims of a token alone",
+    )
 
 
 def _put(part: _BlockPartitioner, node: fx.Node, args: Any, made: Recurrence, at: Any) -> None:
@@ -171,7 +210,9 @@ def _put(part: _BlockPartitioner, node: fx.Node, args: Any, made: Recurrence, at
     )
 
 
+_SPEAKING = set(collectives.ALL) - {collectives.vary, collectives.replica_sum}
+
+
 def speaks(block: Block) -> bool:
     """Whether a block sends something to other ranks."""
-    speaking = set(collectives.ALL) - {collectives.vary, collectives.replica_sum}
-    return any(node.target in speaking for node in block.graph.nodes)
+    return any(node.target in _SPEAKING for node in block.graph.nodes)

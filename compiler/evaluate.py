@@ -69,6 +69,14 @@ def run(
     return logits
 
 
+def run_block(
+    program: Program, block: Block, inputs: list[Tensor], sizes: dict[str, int], dtype: torch.dtype
+) -> list[Tensor]:
+    """The results of a block that has no parameters, for sizes of its symbols, on one rank."""
+    ran = _Run(program, Simulated(1), sizes, dtype, torch.device("cpu"))
+    return [value for (value,) in ran.block(block, {}, [[value] for value in inputs])]
+
+
 def symbol_sizes(tokens: Tensor) -> dict[str, int]:
     """The symbols of a traced program, from the tokens it is run on."""
     names = ("num_tokens",) if tokens.ndim == 1 else ("batch", "seq")

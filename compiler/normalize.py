@@ -79,6 +79,8 @@ _SYNONYM = {
     "amax": torch.amax,
     "amin": torch.amin,
     "data": torch.detach,
+    "real": torch.real,
+    "imag": torch.imag,
 }
 _CASTS = {
     "float": torch.float32,

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from compiler import collectives, sequence
-from compiler.associative import associative, cut_associative
+from compiler.associative import associative
+from compiler.cut_associative import cut_associative
 from compiler.cut_recurrence import cut_recurrence
 from compiler.ir import Block, Program, Sym, TensorType, target_name, tensor_type
 from compiler.names import unique

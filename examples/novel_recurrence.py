@@ -6,6 +6,8 @@ What is new of a token replaces what the memory holds under its key, as the delt
 squashed: no surprise is larger than one. So the step is not linear in the state, there is no
 chunked form, and no kernel of anyone's. The task: pairs of a key and a value, then one of the keys
 again, and the model is to say its value.
+
+The model is the 49 lines before `questions`; the rest is the task, training and the engine.
 """
 
 import tempfile

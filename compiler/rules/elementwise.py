@@ -24,7 +24,7 @@ _UNARY = (
     torch.cosh, torch.erfc, torch.trunc, F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign,
     F.threshold, F.hardshrink, F.softshrink, F.tanhshrink, torch.asin, torch.acos, torch.asinh,
     torch.acosh, torch.atanh, torch.logit, torch.frac, torch.positive, torch.signbit, torch.sinc,
-    torch.erfinv, torch.sgn,
+    torch.erfinv, torch.sgn, torch.real, torch.imag,
 )  # fmt: skip
 # Derivatives of activations, as torch.func.grad inside a model leaves them.
 _aten = torch.ops.aten
@@ -43,6 +43,7 @@ _BINARY = (
     torch.masked_fill, torch.addcmul, torch.addcdiv, torch.rsub, torch.fmod, torch.atan2,
     torch.logaddexp, torch.logaddexp2, torch.hypot, torch.copysign, torch.heaviside, torch.xlogy,
     torch.float_power, torch.fmax, torch.fmin, torch.isclose,
+    torch.complex, torch.polar,
     ops.swiglu, ops.geglu,
 )  # fmt: skip
 

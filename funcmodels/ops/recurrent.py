@@ -50,7 +50,9 @@ def recurrent(
 
     Args:
         step: pure; of a state (dict of (*batch, *shape)) and one token's x (the leaves of xs
-            without seq), the new state and a pytree y. Leading dims are written `...`.
+            without seq), the new state and a pytree y. Leading dims are written `...`. A tensor
+            that it closes over is refused at once, one that it reaches through an object or
+            another function when the model is compiled.
         state: see `fm.state`. It begins anew where segment_ids changes.
         xs: pytree of (*batch, seq, ...).
         params: a pytree that all tokens share, such as weights: given as a third argument to step

@@ -150,7 +150,8 @@ def _on_meta(step: Callable, state: State, xs: Any, dims: int, params: Any) -> t
     x = tree.map(lambda x: empty(x, (*batch, *x.shape[dims + 1 :])), xs)
     before = state.initial(batch, torch.device("meta"))
     shared = () if params is None else (tree.map(empty, params),)
-    result = step(dict(before), x, *shared)
+    with torch.device("meta"):  # what the step makes is there too
+        result = step(dict(before), x, *shared)
     check_pair(step, result)
     return before, result[0]
 

@@ -420,9 +420,63 @@ def across_sequences(state, x):
 
 
 def test_a_step_that_mixes_sequences_is_refused():
-    with pytest.raises(LoweringError, match="across_sequences makes sequences depend") as error:
+    message = r"across_sequences makes sequences depend on each other: torch\.mean"
+    with pytest.raises(LoweringError, match=message) as error:
         check_tokens_apart(trace(model_of(across_sequences)))
-    assert "test_recurrence.py" in str(error.value)
+    assert re.search(r"from: +test_recurrence.py:\d+ in across_sequences", str(error.value))
+
+
+def inverse(state, x):
+    """Of a matrix of each head's own: an operation of which no rule knows that."""
+    S = state["S"] + einsum(x, x, "... h a, ... h b -> ... h a b")
+    return {"S": S}, torch.linalg.inv(S + 4 * torch.eye(4))[..., 0]
+
+
+def turned(state, x):
+    h = state["S"] * (0.6 + 0.5j) + x
+    return {"S": h}, h.real
+
+
+def between_sequences(state, x):
+    S = torch.linalg.inv(state["S"] + x[0, ..., None] * 0 + torch.eye(4))
+    return {"S": S + S.roll(1, 0)}, x
+
+
+def stateful(step, dtype, axes="heads value key"):
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        v = einsum(x, params["v"], "... e, h d e -> ... h d").float()
+        sizes = {axis: {"heads": 2, "value": 4, "key": 4}[axis] for axis in axes.split()}
+        state = fm.state(S=axes, dtype=dtype, **sizes)
+        y = ops.recurrent(step, state, v, segment_ids=segment_ids).to(x.dtype)
+        return ops.unembed(einsum(y, params["o"], "... h d, e h d -> ... e"), params["embed"])
+
+    return model_of(None, forward=forward)
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype", "axes"),
+    [
+        (inverse, torch.float32, "heads value key"),
+        (turned, torch.complex64, "heads value"),
+    ],
+)
+def test_operations_without_a_rule_are_tried(step, dtype, axes):
+    model = stateful(step, dtype, axes)
+    program = trace(model)
+    check_tokens_apart(program)
+    weights = fm.init(model, seed=0)
+    tokens, positions = torch.arange(12), torch.arange(12)
+    local, comm = partition(program), Simulated(2)
+    for logits in run(local, local_weights(local, weights, comm), tokens, positions, comm):
+        torch.testing.assert_close(logits, model.forward(weights, tokens, positions))
+
+
+def test_operations_without_a_rule_that_mix_sequences_are_refused():
+    message = r"torch\.linalg\.inv in the step between_sequences is not known"
+    with pytest.raises(LoweringError, match=message) as error:
+        check_tokens_apart(trace(stateful(between_sequences, torch.float32)))
+    assert re.search(r"from: +test_recurrence.py:\d+ in between_sequences", str(error.value))
 
 
 def test_an_x_that_is_not_of_tokens_is_refused():

@@ -107,6 +107,13 @@ def all_of(functions: Iterable[Any], fn: Callable[..., Any]) -> Callable[..., An
     return lambda *tensors: [fn(f, *tensors) for f in functions]
 
 
+def turned(x, y):
+    """What of complex numbers is elementwise."""
+    x, y = x.float(), y.float()
+    z = torch.complex(x, y) * torch.polar(x.abs(), y)
+    return torch.real(z) - z.imag
+
+
 UNARY = (
     F.silu, F.gelu, F.softplus, F.leaky_relu, F.elu, F.mish, F.logsigmoid, F.hardtanh, F.relu6,
     F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign, torch.abs, torch.exp, torch.expm1,
@@ -153,6 +160,7 @@ OAI = {"activation": "swigluoai", "alpha": 1.7, "limit": 0.5}
 
 ROWS = [
     row("unary", all_of(UNARY, lambda f, x: f(x)), "a/tp b"),
+    row("complex", turned, "a/tp b", "a/tp b"),
     row("unary of positives", all_of(POSITIVE, lambda f, x: f(x.abs() + 0.5)), "a/tp b"),
     row("unary of small ones", all_of(BELOW_ONE, lambda f, x: f(x.tanh() / 2)), "a/tp b"),
     row("threshold", lambda x: F.threshold(x, 0.1, 2.0) + torch.logit(x.sigmoid()) + torch.acosh(x.abs() + 2), "a/tp b"),

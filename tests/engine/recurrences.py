@@ -43,6 +43,16 @@ def after(first, second):
     return a1 * a2, a2 * b1 + b2
 
 
+def odd_step(state, x):
+    """States of four dtypes, and an operation that no sharding rule knows."""
+    n = state["n"] + 1
+    turned = state["turned"] * (0.6 + 0.5j) + x
+    M = 0.5 * state["M"] + einsum(x, x, "... h a, ... h b -> ... h a b")
+    y = turned.real / n[..., None].float() + 0.1 * state["last"].float()
+    y = y + torch.linalg.inv(M + 4 * torch.eye(P.sizes["value"]))[..., 0]
+    return {"last": x.to(state["last"].dtype), "M": M, "turned": turned, "n": n}, y
+
+
 def linear_params():
     return {
         "norm": P("hidden", init="ones"),
@@ -69,6 +79,14 @@ def linear(p, x, segment_ids, kind):
         y = ops.gated_linear_attention(q, k, v, by_key, segment_ids=segment_ids)
     elif kind == "linear":
         y = ops.gated_linear_attention(q, k, v, g, segment_ids=segment_ids)
+    elif kind == "odd":
+        state = fm.state(
+            n="heads", turned="heads value", M="heads value other", last="heads value",
+            dtype={"n": torch.int64, "turned": torch.complex64, "M": torch.float32,
+                   "last": torch.bfloat16},
+            heads=P.sizes["heads"], value=P.sizes["value"], other=P.sizes["value"],
+        )  # fmt: skip
+        y = ops.recurrent(odd_step, state, 0.3 * v.float(), segment_ids=segment_ids).to(x.dtype)
     elif kind == "scanned":
         state = fm.state(
             h="heads value", dtype=torch.float32, heads=P.sizes["heads"], value=P.sizes["value"]
@@ -190,7 +208,7 @@ PARAMS = {"attention": attention_params, "conv": conv_params, "ssd": ssd_params}
 
 def recurrent_model(*kinds: str) -> fm.Model:
     """A model of one layer of each kind: attention, conv, ssd, linear, delta, by_key,
-    scanned or own.
+    scanned, odd or own.
     """
 
     def forward(params, tokens, positions, segment_ids=None):

@@ -12,7 +12,7 @@ from tests.engine.tiny import check, expected, register, saved, serve_model
 MODELS = {
     "linear": ("linear",),
     "own": ("own", "scanned", "own"),
-    "conv": ("conv", "conv"),
+    "conv": ("conv", "odd", "conv"),
     "ssd": ("ssd", "conv", "ssd"),
     "of all kinds": ("conv", "delta", "attention", "own"),
 }

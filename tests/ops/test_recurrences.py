@@ -80,16 +80,9 @@ def test_gated_delta_rule_of_keys_at_length_1():
 
 
 def test_ssd():
-    x, B, C = rows(SEQ, 4, VALUE), rows(SEQ, 2, KEY, seed=1), rows(SEQ, 2, KEY, seed=2)
-    dt, A, D = rows(SEQ, 4, seed=3).exp(), -rows(4, seed=4).abs(), rows(4, seed=5)
-    y = ops.ssd(x, dt, A, B, C, D=D)
-    h, want = torch.zeros(4, KEY, VALUE).double(), []
-    for t in range(SEQ):
-        b, c = B[t].repeat_interleave(2, 0), C[t].repeat_interleave(2, 0)
-        h = (dt[t] * A).exp()[:, None, None] * h
-        h = h + dt[t][:, None, None] * b[:, :, None] * x[t][:, None, :]
-        want.append(torch.einsum("hk,hkv->hv", c, h) + D[:, None] * x[t])
-    torch.testing.assert_close(y, torch.stack(want), rtol=0, atol=1e-10)
+    x, dt, A, B, C, D = ssd_inputs(SEQ)
+    want = ssd_loop(x, dt, A, B, C, D)
+    torch.testing.assert_close(ops.ssd(x, dt, A, B, C, D=D), want, rtol=0, atol=1e-10)
     with pytest.raises(ShapeError, match="heads cannot be grouped"):
         ops.ssd(x, dt, A, B.repeat(1, 2, 1)[:, :3], C.repeat(1, 2, 1)[:, :3])
 
@@ -191,22 +184,68 @@ def test_all_is_forgotten_at_once(by_key):
         assert (grad[:70] == 0).all()
 
 
+def ssd_loop(x, dt, A, B, C, D):
+    h, out = torch.zeros(4, KEY, VALUE).double(), []
+    for t in range(len(x)):
+        b, c = B[t].repeat_interleave(2, 0), C[t].repeat_interleave(2, 0)
+        h = (dt[t] * A).exp()[:, None, None] * h
+        h = h + dt[t][:, None, None] * b[:, :, None] * x[t][:, None, :]
+        out.append(torch.einsum("hk,hkv->hv", c, h) + D[:, None] * x[t])
+    return torch.stack(out)
+
+
+def ssd_inputs(seq):
+    x, B, C = rows(seq, 4, VALUE), rows(seq, 2, KEY, seed=1), rows(seq, 2, KEY, seed=2)
+    return x, rows(seq, 4, seed=3).exp(), -rows(4, seed=4).abs(), B, C, rows(4, seed=5)
+
+
+def conv_loop(x, weight, bias):
+    width = weight.shape[1]
+    padded = torch.cat([torch.zeros(width - 1, x.shape[1]).double(), x])
+    return sum(padded[i : i + len(x)] * weight[:, i] for i in range(width)) + bias
+
+
+def first(count, args):
+    return tuple(x[:count] for x in args)
+
+
 LOOPS = {
-    "linear attention": (ops.gated_linear_attention, attention_loop, False),
-    "by key": (ops.gated_linear_attention, attention_loop, True),
-    "delta rule": (ops.gated_delta_rule, delta_loop, False),
+    "linear attention": (ops.gated_linear_attention, attention_loop, first(40, inputs())),
+    "by key": (ops.gated_linear_attention, attention_loop, first(40, inputs(True))),
+    "delta rule": (
+        ops.gated_delta_rule,
+        delta_loop,
+        first(40, (*inputs(), rows(SEQ, HEADS, seed=9).sigmoid())),
+    ),
+    "ssd": (
+        lambda x, dt, A, B, C, D, **options: ops.ssd(x, dt, A, B, C, D=D, **options),
+        ssd_loop,
+        ssd_inputs(40),
+    ),
+    "short_conv": (ops.short_conv, conv_loop, (rows(40, 5), rows(5, 4, seed=1), rows(5, seed=2))),
 }
 
 
-@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("name", LOOPS)
+def test_rows_at_once_are_each_by_itself(name):
+    """Under `vmap` over rows of the first input, the others being shared."""
+    op, loop, (x, *rest) = LOOPS[name]
+    many = torch.stack([x, -0.5 * x.flip(0)])
+    got = torch.func.vmap(lambda x: op(x, *rest))(many)
+    want = torch.stack([loop(x, *rest) for x in many])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [*((name, False) for name in LOOPS), *((name, True) for name in LOOPS if name != "short_conv")],
+)
 def test_derivatives_are_those_of_a_loop(name, remat):
     """Of the first order by every input over several chunks, and of the second along one line."""
-    op, loop, by_key = LOOPS[name]
-    args = tuple(x[:40] for x in inputs(by_key))
-    args += (rows(40, HEADS, seed=9).sigmoid(),) * (name == "delta rule")
+    op, loop, args = LOOPS[name]
     along = tuple(torch.ones_like(x) for x in args)
-    weights = rows(40, HEADS, VALUE, seed=8)
+    weights = rows(*loop(*args).shape, seed=8)
+    op = functools.partial(op, remat=remat) if name != "short_conv" else op
 
     def loss(f, *args):
         return (f(*args) * weights).square().sum()
@@ -216,8 +255,7 @@ def test_derivatives_are_those_of_a_loop(name, remat):
         grads = torch.func.grad(of, argnums=tuple(range(len(args))))
         return torch.func.jvp(grads, args, along)  # the gradients, and how they change
 
-    got = derivatives(functools.partial(op, remat=remat))
-    torch.testing.assert_close(got, derivatives(loop), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(derivatives(op), derivatives(loop), rtol=1e-9, atol=1e-9)
 
 
 def test_bfloat16_keeps_its_state_in_float32():
