@@ -109,7 +109,7 @@ def all_of(functions: Iterable[Any], fn: Callable[..., Any]) -> Callable[..., An
 
 def turned(x, y):
     """What of complex numbers is elementwise."""
-    x, y = x.float(), y.float()
+    x, y = x.double(), y.double()
     z = torch.complex(x, y) * torch.polar(x.abs(), y)
     return torch.real(z) - z.imag
 
