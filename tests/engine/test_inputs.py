@@ -14,18 +14,20 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("kind", MODELS)
-def test_embeddings_equal_tokens(kind, tp, tmp_path):
+RUNS = [*((kind, tp, False) for kind in MODELS for tp in (1, 2)), ("scaled", 1, "trace")]
+
+
+@pytest.mark.parametrize(("kind", "tp", "compiled"), RUNS)
+def test_embeddings_equal_tokens(kind, tp, compiled, tmp_path):
     """In one batch with tokens, and continued by tokens."""
     model = MODELS[kind]()
     weights = saved(model, tmp_path)
 
     def run():
         register(model)
-        llm = make_llm(tmp_path, tp=tp, enable_prompt_embeds=True)
+        llm = make_llm(tmp_path, tp=tp, compiled=compiled, enable_prompt_embeds=True)
         embedded = [{"prompt_embeds": weights["embed"][p]} for p in PROMPTS]
         return generate(llm, [*embedded, *PROMPTS])
 
     want = expected(model, weights)
-    check(run_in_engine(run), [*want, *want])
+    check(run_in_engine(run, compiled=compiled), [*want, *want])

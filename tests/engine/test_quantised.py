@@ -159,7 +159,9 @@ def difference(served, model, weights):
     return torch.cat([torch.tensor(s.all_logprobs) - p for s, p in pairs]).abs().mean().item()
 
 
-RUNS = [*((scheme, 1) for scheme in SCHEMES), ("int8", 2), ("w4a16", 2), ("awq", 2)]
+ON_TWO = ("int8", "float8", "w4a16", "awq")
+RUNS = [*((scheme, 1) for scheme in SCHEMES), *((scheme, 2) for scheme in ON_TWO)]
+STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 @pytest.mark.parametrize(("scheme", "tp"), RUNS)
@@ -175,6 +177,16 @@ def test_equals_vllms_own_class(scheme, tp, tmp_path):
     assert ours == theirs
     rounded, not_rounded = (difference(ours, model, w) for w in (meant, weights))
     assert rounded < min(NEAR[scheme], not_rounded)
+
+
+@pytest.mark.parametrize("options", [{"compiled": "trace"}, STAGES], ids=["compiled", "stages"])
+def test_compiled_and_on_two_stages(options, tmp_path):
+    """As eagerly and on one stage, where it is compared with vLLM's own class."""
+    model = tiny_llama()
+    quantised(model, saved(model, tmp_path), tmp_path, "int8")
+    alone = serve_model(model, tmp_path)
+    served = serve_model(model, tmp_path, **options)
+    check(served, [(s.tokens, torch.tensor(s.all_logprobs)) for s in alone])
 
 
 def test_a_mixture_whose_experts_are_left_out(tmp_path):

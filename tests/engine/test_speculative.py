@@ -21,25 +21,26 @@ def target(tmp_path_factory):
     return model, folder, weights, expected(model, weights, REPEATING, max_tokens=24)
 
 
-def speculate(models, folder, speculation, **options):
+def speculate(models, folder, speculation, *, compiled=False, **options):
     """Answers to the prompts, and how many tokens were proposed and accepted."""
 
     def run():
         for model in models:
             register(model)
+        options["compiled"] = compiled
         llm = make_llm(folder, speculative_config=speculation, disable_log_stats=False, **options)
         answers = generate(llm, REPEATING, max_tokens=24)
         counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
         kinds = ("num_draft_tokens", "num_accepted_tokens")
         return answers, *(counts[f"vllm:spec_decode_{kind}"] for kind in kinds)
 
-    return run_in_engine(run)
+    return run_in_engine(run, compiled=compiled)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_ngrams(tp, target):
+@pytest.mark.parametrize(("tp", "compiled"), [(1, False), (2, False), (1, "trace")])
+def test_ngrams(tp, compiled, target):
     model, folder, _, want = target
-    served, proposed, accepted = speculate([model], folder, NGRAM, tp=tp)
+    served, proposed, accepted = speculate([model], folder, NGRAM, tp=tp, compiled=compiled)
     check(served, want)
     assert 0 < accepted < proposed
 
