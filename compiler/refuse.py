@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
-from compiler.ir import MODEL_DTYPE
+from compiler.ir import MODEL_DTYPE, target_name
 from funcmodels.errors import FuncModelsError, TraceError
 from funcmodels.source import SourceLine, is_users, users_line
 
@@ -253,6 +253,26 @@ def branch_on_device(where: SourceLine) -> TraceError:
         need="code that does the same on any device: models are compiled on none",
         from_=where,
         fix="the same operations everywhere; the ops of funcmodels choose kernels by device",
+    )
+
+
+def not_of_dtype(func: Any, error: Exception) -> TraceError:
+    return TraceError(
+        f"{target_name(func)} is not for half precision, which a model may be loaded in",
+        got=str(error).partition("\n")[0],
+        need="an operation that torch has for any floating dtype, or a cast before it",
+        from_=users_line(),
+        fix="x.float() before it, and .to(x.dtype) after",
+    )
+
+
+def without_shapes(func: Any, error: Exception) -> TraceError:
+    return TraceError(
+        f"{target_name(func)} cannot be recorded: torch does not say what shape it gives",
+        got=f"{error}, which has no form for tensors without values",
+        need="operations that torch.compile can follow too",
+        from_=users_line(),
+        fix="write it with other operations of torch",
     )
 
 

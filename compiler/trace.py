@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
     in_kernel_invocation_manager,
 )
 from torch.fx.experimental.symbolic_shapes import (
@@ -356,8 +357,12 @@ class _Tracer(TorchFunctionMode):
             out = result_of(func, args, kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
+        except UnsupportedOperatorException as error:
+            raise refuse.without_shapes(func, error) from error
         except RuntimeError as error:
             refuse.two_dtypes(func, args, kwargs, error)
+            if self._takes_float32(func, args, kwargs):
+                raise refuse.not_of_dtype(func, error) from error
             raise
         self._note_guards(func)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
@@ -376,6 +381,22 @@ class _Tracer(TorchFunctionMode):
         args, kwargs = self._as_nodes(args, func), self._as_nodes(kwargs, func)
         self._bind(self._node("call_function", target, out, args, kwargs), out)
         return out
+
+    def _takes_float32(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an operation that failed is one that torch has for float32 and not for halves."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, Tensor) and leaf.dtype is self.dtype for leaf in leaves):
+            return False
+
+        def wider(value: Tensor) -> Tensor:
+            return value.float() if value.dtype is self.dtype else value
+
+        given = pytree.tree_map_only(Tensor, wider, (args, kwargs))
+        try:
+            func(*given[0], **given[1])
+        except Exception:
+            return False
+        return True
 
     # Below transforms
 

@@ -593,6 +593,26 @@ def test_branches_on_dtype(body):
     refused(body, "depends on the model's dtype", r"x\.float\(\)", "x.dtype")
 
 
+def transformed(p, x, s):
+    return x + torch.fft.rfft(x, dim=-1).real[..., :1]
+
+
+def middle(p, x, s):
+    return x - torch.quantile(x, 0.5, dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("body", [transformed, middle])
+def test_operations_that_are_not_for_halves(body):
+    refused(body, "is not for half precision", r"x\.float\(\) before it", "return")
+
+
+def test_an_operation_without_shapes():
+    def quantised(p, x, s):
+        return torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).to(x.dtype)
+
+    refused(quantised, "torch does not say what shape it gives", "other operations", "return")
+
+
 def branches_on_cuda(p, x, s):
     return x * 2 if x.is_cuda else x
 
