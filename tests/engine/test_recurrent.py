@@ -15,12 +15,13 @@ MODELS = {
     "conv": ("conv", "odd", "conv"),
     "ssd": ("ssd", "conv", "ssd"),
     "of all kinds": ("conv", "delta", "attention", "own"),
+    "of others": ("ssd", "by_key", "attention", "linear"),  # of which one has two recurrences
 }
 OPTIONS = {"enable_prefix_caching": False}
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "of others"])
 def test_equals_the_pure_function(name, tp, tmp_path):
     model = recurrent_model(*MODELS[name])
     weights = saved(model, tmp_path)
@@ -35,15 +36,18 @@ def test_outside_of_a_list_of_layers(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory):
+def many(tmp_path_factory, request):
     """A model of all kinds, and what is expected of it for prompts of 1 to 300 tokens."""
     folder = tmp_path_factory.mktemp("recurrent")
-    model = recurrent_model(*MODELS["of all kinds"])
+    model = recurrent_model(*MODELS[getattr(request, "param", "of all kinds")])
     weights = saved(model, folder)
     generator = torch.Generator().manual_seed(0)
     lengths = (1, 2, 31, 32, 33, 64, 100, 300)
     prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
     return model, folder, prompts, expected(model, weights, prompts)
+
+
+BOTH = pytest.mark.parametrize("many", ["of all kinds", "of others"], indirect=True)
 
 
 @pytest.mark.parametrize("budget", [None, 16])
@@ -60,6 +64,17 @@ def test_compiled(many, tp):
     model, folder, prompts, want = many
     served = serve_model(
         model, folder, prompts, tp=tp, compiled="trace", max_model_len=512, **OPTIONS
+    )
+    check(served, want)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_by_inductor(many):
+    """By the compiler of code, which the others leave out."""
+    model, folder, prompts, want = many
+    served = serve_model(
+        model, folder, prompts, compiled=True, max_model_len=512, timeout=800, **OPTIONS
     )
     check(served, want)
 
@@ -88,6 +103,7 @@ def scheduler_of(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+@BOTH
 def test_cut_at_every_token(many):
     """A prompt is cut after each of its tokens in turn, and after each as many again."""
     model, folder, _, _ = many
@@ -108,6 +124,7 @@ def test_cut_at_every_token(many):
     check(served, [(tokens, logprobs)] * len(served))
 
 
+@BOTH
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_request_that_is_preempted_begins_anew(many, cached):
     """The cache has no room for the last tokens of all. Places that are given up are poisoned.
@@ -147,6 +164,7 @@ def test_a_request_that_is_preempted_begins_anew(many, cached):
     check(served, want)
 
 
+@BOTH
 def test_no_state_of_another_request_is_seen(many):
     """Places in the cache hold NaN, then what earlier and aborted requests have left in them."""
     model, folder, prompts, want = many
@@ -172,7 +190,7 @@ def test_no_state_of_another_request_is_seen(many):
         return poisoned, first, generate(llm, prompts, prompt_logprobs=True)
 
     poisoned, first, second = run_in_engine(run)
-    assert poisoned == 4  # of three layers, one of which has two tensors
+    assert poisoned == 4  # of three layers, one of which has two
     check(first, want)
     check(second, want)
 
@@ -218,7 +236,11 @@ def others_like(prompts):
     return [[*prompt[: len(prompt) - 5], 9, 8, 7] for prompt in prompts if len(prompt) > 40]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("many", "tp"),
+    [("of all kinds", 1), ("of all kinds", 2), ("of others", 1)],
+    indirect=["many"],
+)
 def test_a_cached_prefix(many, tp):
     """A request goes on from the states that another has left in the cache."""
     model, folder, prompts, want = many
