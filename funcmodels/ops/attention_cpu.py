@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcmodels.ops import attention_cpu_documents as by_documents
 from funcmodels.ops import attention_reference as reference
+from funcmodels.ops.attention_cpu_dtype import gradient_dtype
 from funcmodels.ops.attention_kernel import Call, Kernel
 from funcmodels.ops.attention_reference import Inputs, compute_dtype
 from funcmodels.ops.attention_sinks import add_sinks, sinks_grad
@@ -55,9 +56,11 @@ def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> Inputs:
         grads = by_documents.backward(folded, lse_, at, causal=rules.causal, scale=rules.scale)
     else:
         mask, causal = _mask(call)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *folded, lse_, 0.0, causal, attn_mask=mask, scale=rules.scale
+        dtype = gradient_dtype(x.q.dtype, x.q.shape[-3])
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(t.to(dtype) for t in folded), lse_, 0.0, causal, attn_mask=mask, scale=rules.scale
         )
+        grads = tuple(g.to(x.q.dtype) for g in found)
     q, k, v = (_unfold(g, t, t.shape[-1]) for g, t in zip(grads, x[:3], strict=True))
     return Inputs(q, k, v, sinks_grad(x, grad_out, out, lse), None)
 

@@ -1,27 +1,34 @@
-"""ATen's flash kernel for CPUs on packed rows, one document at a time.
+"""ATen's flash kernel for CPUs on packed rows, document by document.
 
-With a mask the kernel computes all scores of a row, and has no use for `causal`; one by one, those
-of the documents alone.
+With a mask the kernel computes all scores of a row, and has no use for `causal`; document by
+document, those of the documents alone. Documents of about one length are one batch: the kernel's
+threads share out heads of documents, and one document has fewer heads than a machine has threads.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from funcmodels.ops.attention_cpu_dtype import gradient_dtype
 from funcmodels.ops.attention_documents import Documents, documents
 from funcmodels.ops.attention_kernel import Call
 
 # Shorter ones, on the average, take longer to call the kernel for than what they spare.
 SHORT = 16
+# How full a group of documents is at least: at 0.75, the scores of which none is used are few.
+FILLED = 0.75
+# A group has as many documents as give each thread so many heads; more would only leave the cache.
+HEADS = 4
 
 
 def documents_of(call: Call) -> Documents | None:
-    """The documents to go through one by one; None where a mask says more, or is the faster way."""
+    """The documents to go through; None where a mask says more, or is the faster way."""
     x, segment_ids, rules = call
     if segment_ids is None or rules.window is not None or x.slopes is not None:
         return None
@@ -41,14 +48,14 @@ def forward(
     n, heads, seq, _ = q.shape
     flat = [_tokens(t) for t in (q, k, v)]
     out, lse = torch.empty_like(flat[0]), None
-    for one in _slices(at):
+    for group in _groups(at, heads, causal=causal):
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_one(t, one) for t in flat), 0.0, causal, scale=scale
+            *(group.of(t).transpose(1, 2) for t in flat), 0.0, causal, scale=scale
         )
-        out[one] = result[0].transpose(0, 1)
+        group.put(out, result.transpose(1, 2))
         if lse is None:
             lse = sums.new_empty((n * seq, heads))
-        lse[one] = sums.reshape(heads, -1).mT
+        group.put(lse, sums.reshape(*result.shape[:-1]).transpose(1, 2))
     assert lse is not None, "a row has a document"
     return _rows(out, n), lse.view(n, seq, heads).transpose(1, 2)
 
@@ -65,19 +72,77 @@ def backward(
     flat = [_tokens(t) for t in tensors]
     sums = lse.transpose(1, 2).reshape(-1, lse.shape[1])  # (tokens, heads)
     found = [torch.empty_like(t) for t in flat[1:4]]
-    for one in _slices(at):
+    for group in _groups(at, flat[0].shape[1], causal=causal):
+        dtype = gradient_dtype(flat[0].dtype, group.length)
+        grad_out, *others = (group.of(t).transpose(1, 2).to(dtype) for t in flat)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_one(t, one) for t in flat), sums[one].mT[None], 0.0, causal, scale=scale
+            group.zero_past_ends(grad_out),
+            *others,
+            group.of(sums).transpose(1, 2),
+            0.0,
+            causal,
+            scale=scale,
         )
         for whole, grad in zip(found, grads, strict=True):
-            whole[one] = grad[0].transpose(0, 1)
+            group.put(whole, grad.transpose(1, 2).to(whole.dtype))
     by_q, by_k, by_v = (_rows(t, len(tensors[0])) for t in found)
     return by_q, by_k, by_v
 
 
-def _slices(at: Documents) -> list[slice]:
-    starts = at.starts.tolist()
-    return [slice(*ends) for ends in itertools.pairwise(starts)]
+class Group(NamedTuple):
+    """Documents of about one length, of which the kernel makes one batch.
+
+    Where causal, the tokens of a document see nothing of what follows it: shorter ones are filled
+    up with their last token, and what the kernel gives for that is left out.
+    """
+
+    tokens: Tensor | slice  # (documents, length): where they lie; of one document, a slice
+    is_real: Tensor | None  # (documents, length); None where all are
+    length: int
+
+    def of(self, t: Tensor) -> Tensor:
+        """(tokens, ...) -> (documents, length, ...)."""
+        return t[self.tokens][None] if isinstance(self.tokens, slice) else t[self.tokens]
+
+    def put(self, whole: Tensor, values: Tensor) -> None:
+        """The inverse, into `whole`."""
+        if isinstance(self.tokens, slice):
+            whole[self.tokens] = values[0]
+        elif self.is_real is None:
+            whole[self.tokens] = values
+        else:
+            whole[self.tokens[self.is_real]] = values[self.is_real]
+
+    def zero_past_ends(self, t: Tensor) -> Tensor:
+        """t (documents, heads, length, d), 0 where there are no tokens."""
+        return t if self.is_real is None else t * self.is_real[:, None, :, None]
+
+
+def _groups(at: Documents, heads: int, *, causal: bool) -> list[Group]:
+    """The documents, longest first, in groups that are at least `FILLED` full."""
+    most = -(-HEADS * torch.get_num_threads() // heads)
+    ends = sorted(itertools.pairwise(at.starts.tolist()), key=lambda ends: ends[0] - ends[1])
+    groups: list[list[tuple[int, int]]] = []
+    longest = 0
+    for start, end in ends:
+        least = FILLED * longest if causal else longest
+        if groups and len(groups[-1]) < most and end - start >= least:
+            groups[-1].append((start, end))
+        else:
+            longest = end - start
+            groups.append([(start, end)])
+    return [_group(group) for group in groups]
+
+
+def _group(documents: list[tuple[int, int]]) -> Group:
+    """The group of some documents, the longest first."""
+    first, end = documents[0]
+    if len(documents) == 1:
+        return Group(slice(first, end), None, end - first)
+    starts, ends = torch.tensor(documents)[..., None].unbind(1)
+    tokens = starts + torch.arange(end - first)
+    is_real = tokens < ends
+    return Group(tokens.minimum(ends - 1), None if is_real.all() else is_real, end - first)
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -88,8 +153,3 @@ def _tokens(t: Tensor) -> Tensor:
 def _rows(t: Tensor, n: int) -> Tensor:
     """The inverse."""
     return t.unflatten(0, (n, -1)).transpose(1, 2)
-
-
-def _one(t: Tensor, tokens: slice) -> Tensor:
-    """A document as the kernel takes it: (1, heads, tokens, d)."""
-    return t[tokens].transpose(0, 1)[None]

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.ops import attention_cpu_documents as by_documents
+from funcmodels.ops.attention_documents import documents
 
 SEQ = 96
 ROWS = torch.tensor([[0] * 40 + [1] * 23 + [2] * 33, [5] * 1 + [3] * 95])
@@ -36,25 +37,64 @@ def results(kernel: str | None, ids: torch.Tensor, dv: int = 16, **options):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many documents each call of the kernel went through."""
+    """How many documents each forward and backward pass went through."""
     found = []
-    plain = by_documents._slices
+    plain = by_documents._groups
 
-    def counted(at):
-        found.append(len(plain(at)))
-        return plain(at)
+    def counted(at, heads, *, causal):
+        found.append(len(at.starts) - 1)
+        return plain(at, heads, causal=causal)
 
-    monkeypatch.setattr(by_documents, "_slices", counted)
+    monkeypatch.setattr(by_documents, "_groups", counted)
     return found
+
+
+@pytest.fixture(params=[1, 16], ids=["one document a call", "documents of a length together"])
+def threads(request, monkeypatch):
+    """Of as many threads as a machine has: they decide how many documents a call is given."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dv", [16, 8])
-def test_the_references_results(options, dv, calls):
+def test_the_references_results(options, dv, calls, threads):
     want = results("reference", ROWS, dv, **options)
     assert calls == []
     torch.testing.assert_close(results("cpu_flash", ROWS, dv, **options), want)
     assert calls == [5, 5]  # forward and backward
+
+
+def test_documents_of_about_one_length_are_one_batch():
+    at = documents(ROWS, torch.Size((2,)))
+    sizes = {
+        causal: [
+            (g.length, 1 if isinstance(g.tokens, slice) else len(g.tokens))
+            for g in by_documents._groups(at, 1, causal=causal)
+        ]
+        for causal in (True, False)
+    }
+    assert sizes[True] == [(95, 1), (40, 2), (23, 1), (1, 1)]  # 33 tokens are filled up to 40
+    assert sizes[False] == [(95, 1), (40, 1), (33, 1), (23, 1), (1, 1)]
+
+
+def test_in_bfloat16_as_near_as_the_masked_kernel(threads):
+    """Gradients of short documents are computed in float32."""
+    exact = results("reference", ROWS)
+    errors = []
+    for ids in (
+        ROWS,
+        ROWS.clone().index_put_((torch.tensor(0), torch.tensor(95)), torch.tensor(0)),
+    ):
+        leaves = [t.bfloat16().requires_grad_() for t in inputs()]
+        with fm.attention_kernel("cpu_flash"):
+            out = ops.attention(*leaves, segment_ids=ids)
+            weight = torch.arange(out.numel()).reshape(out.shape).double().sin()
+            found = (out, *torch.autograd.grad((out * weight).sum(), leaves))
+        want = exact if ids is ROWS else results("reference", ids)
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, want, strict=True)])
+    for ours, masked in zip(*errors, strict=True):
+        assert ours < 1.2 * masked
 
 
 def test_one_document_for_all_rows(calls):
