@@ -161,6 +161,11 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
             if dims > 1
             else (torch.reshape, (args[0], tuple(args[0].shape)), {})
         )
+    if name == "tile":
+        times = tuple(args[1])
+        return Tensor.repeat, (args[0], (1,) * (args[0].ndim - len(times)) + times), {}
+    if name == "hstack":
+        return torch.cat, (args[0], min(args[0][0].ndim, 2) - 1), {}
     if name in _CASTS:
         return Tensor.to, (args[0], _CASTS[name]), {}
     if name in ("to", "type", "type_as"):
@@ -188,6 +193,8 @@ _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "cat": ("tensors",),
     "stack": ("tensors",),
+    "hstack": ("tensors",),
+    "tile": ("input", "dims"),
     "tensordot": ("a", "b"),
     "outer": ("input", "vec2"),
     "mv": ("input", "vec"),

@@ -104,6 +104,26 @@ def add(view: View) -> Decision | None:
 RULES[torch.add] = RULES[torch.sub] = add
 
 
+@rule(torch.bucketize)
+def bucketize(view: View) -> Decision | None:
+    """Element by element, between boundaries that every rank has."""
+    x, *boundaries = view.tensors
+    at = view.whole(x)
+    return Decision({x: at, **dict.fromkeys(boundaries, REPLICATE)}, at)
+
+
+@rule(torch.prelu)
+def prelu(view: View) -> Decision | None:
+    """A slope for all, or for each index of dim 1, which must be whole then."""
+    x, slope = view.node.args[:2]
+    assert isinstance(x, fx.Node)
+    assert isinstance(slope, fx.Node)
+    at = view.whole(x)
+    if isinstance(at, Shard) and at.dim == 1 and view.type(slope).shape not in ((), (1,)):
+        return None
+    return Decision({x: at, slope: REPLICATE}, at)
+
+
 def is_elementwise(target: object) -> bool:
     """Whether each element of a function's result is made of the operands' elements there."""
     return RULES.get(target) in (elementwise, linear_unary, add)

@@ -392,6 +392,10 @@ ROWS = [
         + torch.func.grad(lambda y: y.log_softmax(-1).square().sum())(x), "a/tp b"),
     row("gradient of softmax of the cut", lambda x: torch.func.grad(
         lambda y: y.softmax(0).square().sum())(x), "a/tp b", gathers=True),
+    row("bucketize", lambda x, y: torch.bucketize(x.detach(), y.detach().sort(-1).values), "a/tp b", "c"),
+    row("prelu", lambda x, w, v: F.prelu(x, w) + F.prelu(x, v), "a/tp b", "one", "b"),
+    row("prelu of the cut", lambda x, w: F.prelu(x, w), "b a/tp", "a", gathers=True),
+    row("tile", lambda x: x.tile(2) + torch.tile(x, (1, 2)) + torch.hstack((x, x)), "a/tp b"),
     row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
     row("constants", lambda x: x + x.new_zeros(12, 4) + x.new_ones(4) + x.new_full((4,), 2.0)
         + torch.zeros(12, 4) + torch.ones(4) + torch.full((12, 4), 3.0), "a/tp b"),
