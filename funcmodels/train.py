@@ -99,12 +99,14 @@ def fit(
         log: a JSONL file, a row for each step.
         tensorboard: a folder; needs the extra `tensorboard`.
         compile: the loss, and so its gradient, with `torch.compile`; True, or a backend's name.
-        donate: train in the memory of `weights` itself, which are overwritten; else in a copy.
+        donate: train in the memory of `weights` itself, which are overwritten; else in a copy, and
+            a module still computes with the old ones: `module.load(module.whole(fitted.weights))`.
     Raises:
         NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
             the first block. The weights were not touched by that step.
         CheckpointError: the newest checkpoint is of another model or optimiser.
-        TrainingError: an optimiser of your own that cannot work on parts of parameters.
+        TrainingError: an optimiser of your own that cannot work on parts of parameters; processes
+            that start with other weights, or with other batches where they share the layers.
     """
     weights = tree.map(lambda w: w.detach() if donate else w.detach().clone(), weights)
     done = Fitted(weights, optimizer.init(weights))
@@ -140,6 +142,8 @@ def fit(
     with said, on_signals() as stop:
         while done.step < steps and not stop.agreed():
             place, batch = source.position, to_device(source.next(), device)
+            if not done.losses:
+                job.agree(done.weights, batch)
             drawn = torch.get_rng_state()
             grads, value = gradients(done.weights, batch)
             norm, value = float(job.norm(grads, value)), float(value)

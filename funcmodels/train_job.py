@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from funcmodels.loss import loss
 from funcmodels.optim import Optimizer, global_norm, sharded
 from funcmodels.optim.parts import holders, sum_of_squares
 from funcmodels.spec import Model
+from funcmodels.train_agree import agree_alone, agree_on_mesh
 from funcmodels.training_places import Place
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Job:
         places: the parts of whole tensors that this process holds, for checkpoints.
         batches: how many batches a step is made of.
         count: (batch) -> of how many things the loss is the mean, over all processes.
+        agree: (weights, batch), called before the first step: refuses processes that do not belong
+            together.
     """
 
     model: Model
@@ -57,6 +61,7 @@ class Job:
     places: dict[str, Place] = field(default_factory=dict)
     batches: int = 1
     count: Callable[[Any], Tensor] = count_of
+    agree: Callable[[Any, Any], None] = agree_alone
 
 
 def one_process(model: Model, optimizer: Optimizer) -> Job:
@@ -80,6 +85,7 @@ def on_mesh(module: CompiledModel, optimizer: Optimizer, done: Fitted) -> Job:
         places_of(module, done.state),
         math.prod(comm.size for comm in data_ranks(module)),
         count_over(module),
+        partial(agree_on_mesh, module),
     )
 
 

@@ -98,13 +98,35 @@ def own_loss(module: fm.CompiledModel) -> str:
     return str(error.value)
 
 
+def disagreeing(module: Any, seed: int, number: int, weights: Any = None) -> str:
+    """What `fit` says where a rank has weights, or a batch, of its own."""
+    if weights is None:
+        weights = module.reset(seed=seed).weights()
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])[number : number + 1]
+    with pytest.raises(fm.errors.TrainingError) as error:
+        fm.fit(module, weights, [{"tokens": tokens}], steps=2, optimizer=fm.optim.sgd(0.1),
+               progress=False)  # fmt: skip
+    return str(error.value)
+
+
+def disagreements(modules: dict[str, fm.CompiledModel]) -> dict[str, str]:
+    rank = torch.distributed.get_rank()
+    return {
+        "alone, weights": disagreeing(MODEL, 0, 0, fm.init(MODEL, seed=rank)),
+        "alone, batch": disagreeing(MODEL, 0, rank, fm.init(MODEL, seed=0)),
+        "dp, weights": disagreeing(modules["dp"], rank, rank),
+        "tp, batch": disagreeing(modules["tp"], 0, rank),
+    }
+
+
 def messages() -> dict[str, dict[str, str]]:
     modules = {dim: fm.compile_to_torch(MODEL, mesh_of(**{dim: 2})) for dim in MESHES}
     found = {
         dim: {fault: message_of(module, dim, fault) for fault in FAULTS}
         for dim, module in modules.items()
     }
-    return {**found, "own loss": {dim: own_loss(modules[dim]) for dim in ("dp", "fsdp")}}
+    found["own loss"] = {dim: own_loss(modules[dim]) for dim in ("dp", "fsdp")}
+    return {**found, "disagreements": disagreements(modules)}
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +151,16 @@ def test_a_loss_of_ones_own_rows_is_refused(on_two: list[Any]):
         for message in found["own loss"].values():
             assert "each process has a loss of its own" in message
             assert "module.mean(losses, mask)" in message
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_belong_together_are_refused(on_two: list[Any]):
+    said = {
+        "alone, weights": "2 processes with other weights: on rank 1, embed",
+        "alone, batch": "2 processes with other batches: on rank 1, tokens",
+        "dp, weights": "got:  rank 1, of embed",
+        "tp, batch": "got:  rank 1, in tokens",
+    }
+    for rank in on_two:
+        for case, message in rank["disagreements"].items():
+            assert said[case] in message, message
