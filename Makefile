@@ -45,6 +45,9 @@ bench: setup ## the benchmarks, side by side with their peers
 	$(PY) -m benchmarks.start
 	$(PY) -m benchmarks.push
 	$(PY) -m benchmarks.recurrent
+	$(PY) -m benchmarks.train
+	$(PY) -m benchmarks.optim
+	$(PY) -m benchmarks.recurrent_train
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from funcmodels import tree
 from funcmodels.errors import TrainingError
-from funcmodels.optim.masks import Mask
+from funcmodels.optim.masks import Mask, Matching, all_paths, check_mask
 from funcmodels.optim.schedules import Schedule
 
 # Where torch has the kernels that this folder calls; elsewhere the rules run.
@@ -105,7 +105,12 @@ def optimizer_of(
             of the two, and rounded when it is stored.
     """
 
+    _check_numbers(lr, weight_decay)
+    check_mask(decay)
+
     def init(weights: Any) -> dict[str, Any]:
+        if isinstance(decay, Matching) and weight_decay:
+            decay.check(all_paths(weights))
         zeros = functools.partial(torch.zeros_like, dtype=state_dtype, requires_grad=False)
         state: dict[str, Any] = {name: tree.map(zeros, weights) for name in slots}
         return {"step": torch.zeros((), dtype=torch.int64), **state}
@@ -250,6 +255,18 @@ def _rate(lr: float | Schedule, step: Tensor) -> float | Tensor:
         torch.compiler.is_compiling() or is_fake(rate) or is_transformed(rate)
     )
     return float(rate) if known else rate
+
+
+def _check_numbers(lr: float | Schedule, weight_decay: float) -> None:
+    """They are no less than zero, and numbers."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not callable(value) and not value >= 0:
+            raise TrainingError(
+                f"an optimiser's {name} is out of range",
+                got=f"{name}={value}",
+                need="a number, 0 or more" + ", or a schedule" * (name == "lr"),
+                fix=f"{name}={abs(value) if value == value else 3e-4}",
+            )
 
 
 def _check(grads: Any, state: Any, weights: Any, slots: tuple[str, ...]) -> None:

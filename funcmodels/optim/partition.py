@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from funcmodels import tree
 from funcmodels.errors import TrainingError, listed
-from funcmodels.optim.masks import matches
+from funcmodels.optim.masks import all_paths, matches, part_of, refuse_unmatched
 from funcmodels.optim.optimizer import Optimizer
 
 
@@ -19,7 +19,8 @@ def partition(parts: Mapping[str, Optimizer]) -> Optimizer:
     Its state is a list: the state of each optimiser, in their order, over {path: tensor}.
 
     Raises:
-        TrainingError: a parameter that no pattern matches, when the state is made.
+        TrainingError: when the state is made, a parameter that no pattern matches; or a pattern
+            but "*" that is the first to match of none.
     """
     optimizers = list(dict.fromkeys(parts.values()))
     index_of = {pattern: optimizers.index(optimizer) for pattern, optimizer in parts.items()}
@@ -41,7 +42,9 @@ def partition(parts: Mapping[str, Optimizer]) -> Optimizer:
         return pieces
 
     def init(weights: Any) -> list[Any]:
-        return [o.init(part) for o, part in zip(optimizers, split(weights), strict=True)]
+        _check(parts, all_paths(weights))
+        with part_of(weights):
+            return [o.init(part) for o, part in zip(optimizers, split(weights), strict=True)]
 
     def update(grads: Any, state: Any, weights: Any, *, donate: bool = False) -> tuple[Any, Any]:
         done = [
@@ -56,6 +59,23 @@ def partition(parts: Mapping[str, Optimizer]) -> Optimizer:
     elementwise = all(optimizer.elementwise for optimizer in optimizers)
     asks = all(optimizer.elementwise or optimizer.asks for optimizer in optimizers)
     return Optimizer(init, update, elementwise, asks)
+
+
+def _check(patterns: Iterable[str], paths: list[str]) -> None:
+    """Each pattern is the first to match for some parameter."""
+    left = list(paths)
+    for pattern in patterns:
+        found = [path for path in left if matches(path, pattern)]
+        if not found and pattern != "*":
+            if taken := [path for path in paths if matches(path, pattern)]:
+                raise TrainingError(
+                    f"partition: patterns before {pattern!r} match all that it matches",
+                    got=listed(taken),
+                    need="a pattern that is the first to match of some parameter",
+                    fix=f"{pattern!r} in front of them",
+                )
+            refuse_unmatched("fm.optim.partition", [pattern], paths)
+        left = [path for path in left if path not in found]
 
 
 def frozen() -> Optimizer:

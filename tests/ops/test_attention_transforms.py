@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcmodels import ops
 
@@ -217,3 +218,32 @@ def test_mixed_second_derivative_by_slopes():
         return grad(loss, argnums=4)(q, k, v, sinks, slopes)
 
     torch.testing.assert_close(grad(by_q)(slopes), jvp(by_slopes, (q,), (t,))[1])
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's operations whose name says attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.__name__:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_per_sample_gradients_are_two_calls_of_a_kernel():
+    """One forward and one backward for all samples, not for each of them."""
+    q, k, v = (torch.randn(8, 1, 32, heads, 16) for heads in (4, 2, 2))
+
+    def loss(q, k, v):
+        return ops.attention(q, k, v).square().sum()
+
+    with Calls() as calls:
+        found = vmap(grad(loss, (0, 1, 2)))(q, k, v)
+    assert len(calls.names) == 2, calls.names
+    assert sum("backward" in name for name in calls.names) == 1
+    for i in range(8):
+        want = grad(loss, (0, 1, 2))(q[i], k[i], v[i])
+        torch.testing.assert_close(tuple(g[i] for g in found), want)

@@ -209,6 +209,45 @@ def test_partition():
         optim.partition({"a": optim.frozen(), "b.*": optim.frozen()}).init(weights)
 
 
+NETWORK = {"embed": torch.ones(2), "layers": [{"norm": torch.ones(2), "up": torch.ones(2, 2)}]}
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: optim.adamw(0.1, decay=optim.matching("*nrom*")),
+         r"optim\.matching: no parameter matches[^~]*got:  '\*nrom\*'[^~]*fix:  '\*norm\*'"),
+        (lambda: optim.lion(0.1, weight_decay=0.1, decay=optim.not_matching("layer.*.nom")),
+         r"optim\.not_matching: no[^~]*paths as embed, layers\.0\.norm, layers\.0\.up"),
+        (lambda: optim.partition({"emed": optim.frozen(), "*": optim.sgd(0.1)}),
+         r"optim\.partition: no parameter matches[^~]*'emed'[^~]*fix:  'embed'"),
+        (lambda: optim.partition({"layers.*": optim.sgd(0.1), "*norm": optim.frozen(),
+                                  "*": optim.sgd(0.1)}),
+         r"patterns before '\*norm' match all[^~]*got:  layers\.0\.norm"),
+        (lambda: optim.partition({"embed": optim.sgd(0.1), "*": optim.chain(
+            optim.clip_by_global_norm(1.0), optim.adamw(0.1, decay=optim.matching("emb")))}),
+         r"fix:  'embed'"),
+        (lambda: optim.adamw(0.1, decay="*norm*"),
+         r"decay is no mask[^~]*'\*norm\*'[^~]*fix:  decay=fm\.optim\.matching\('\*norm\*'\)"),
+        (lambda: optim.adamw(0.1, decay={"embed": True}), r"decay is no mask[^~]*got:  dict"),
+        (lambda: optim.sgd(-0.1), r"lr is out of range[^~]*lr=-0\.1[^~]*fix:  lr=0\.1"),
+        (lambda: optim.sgd(float("nan")), r"lr is out of range[^~]*lr=nan"),
+        (lambda: optim.adamw(0.1, weight_decay=-1.0), r"weight_decay is out of range"),
+    ],
+)  # fmt: skip
+def test_what_would_do_nothing_is_refused(made, said):
+    with pytest.raises(fm.errors.TrainingError, match=said):
+        made().init(NETWORK)
+
+
+def test_masks_that_say_something_are_taken():
+    """One of several patterns is enough; and in a part, so is a parameter of another part."""
+    bare = optim.not_matching("*norm*", "*bias*")
+    optim.adamw(0.1, decay=bare).init(NETWORK)
+    optim.adamw(0.1, weight_decay=0.0, decay=optim.matching("nothing")).init(NETWORK)
+    optim.partition({"*norm": optim.sgd(0.1), "*": optim.adamw(0.1, decay=bare)}).init(NETWORK)
+
+
 @pytest.mark.parametrize(
     ("schedule", "values"),
     [
