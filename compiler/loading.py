@@ -17,6 +17,7 @@ from compiler.taken_apart import TakenApart
 from funcmodels.spec import Model
 
 Stacked = dict[str, tuple[str, "str | int"]]
+SharedTensor = tuple[int, int, int, bool, dict[str, int]]
 _LETTERS = "ijklmnop"
 
 
@@ -35,8 +36,8 @@ class Loading:
         head: the tensor that is the table of embedding and unembedding in one.
         split: tensors that are stacked -> their parts, in order.
         repeated: tensors that several layers have -> what each has it as.
-        shared: pattern of tensors that are several parameters -> dim, turns, unit, and the parts'
-            names and numbers of units.
+        shared: pattern of tensors that are several parameters -> dim, turns, unit, whether they
+            make one layer, and the parts' names and numbers of units.
         experts: pattern of tensors that hold all experts -> each one's name, with {} for it.
         tensors: names of the checkpoint, with "*" for indices -> the values of each index.
         lora_targets: the same, of the modules that adapters may change.
@@ -57,7 +58,7 @@ class Loading:
 
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    shared: dict[str, tuple[int, int, int, dict[str, int]]] = field(default_factory=dict)
+    shared: dict[str, SharedTensor] = field(default_factory=dict)
     experts: dict[str, str] = field(default_factory=dict)
 
     def tensor_lines(self, module: Module) -> list[str]:
@@ -100,10 +101,13 @@ class Loading:
         if not self.shared:
             return []
         module.use("re")
-        what = "# Tensors that hold several: the dim, the turns, the rows of a unit, units of each."
-        lines = ["", what, "SHARED = {"]
-        for pattern, (dim, turns, unit, parts) in self.shared.items():
-            lines.append(f"    re.compile({_raw(pattern)}): ({dim}, {turns}, {unit}, {{")
+        what = [
+            "# Tensors that hold several: the dim, the turns, the rows of a unit, if they make",
+            "# a layer, and the units of each.",
+        ]
+        lines = ["", *what, "SHARED = {"]
+        for pattern, (dim, turns, unit, is_one, parts) in self.shared.items():
+            lines.append(f"    re.compile({_raw(pattern)}): ({dim}, {turns}, {unit}, {is_one}, {{")
             lines += [f"        {_raw(name)}: {count}," for name, count in parts.items()]
             lines.append("    }),")
         return [*lines, "}"]
@@ -221,7 +225,7 @@ def loading_of(plan: Plan, model: Model) -> Loading:
     loading.tensors = _compact(list(plan.tensors))
     if isinstance(model, TakenApart):
         loading.split, loading.repeated = model.split, model.repeated
-        loading.shared = _shared(model)
+        loading.shared = _shared(model, plan)
     loading.lora_targets = _compact(list(dict.fromkeys(plan.lora_targets)))
     for name, to in plan.tensors.items():
         got = apply(loading, name)
@@ -229,13 +233,14 @@ def loading_of(plan: Plan, model: Model) -> Loading:
     return loading
 
 
-def _shared(model: TakenApart) -> dict[str, tuple[int, int, int, dict[str, int]]]:
+def _shared(model: TakenApart, plan: Plan) -> dict[str, SharedTensor]:
     """Tensors that are several parameters, those of all layers in one pattern."""
-    found: dict[str, tuple[int, int, int, dict[str, int]]] = {}
+    found: dict[str, SharedTensor] = {}
     for name, shared in model.shared.items():
         named = [_template(name, part) for part, _ in shared.parts]
         counts = [count for _, count in shared.parts]
-        at = shared.dim, shared.turns, shared.unit
+        to = {plan.tensors[part].param for part, _ in shared.parts if part in plan.tensors}
+        at = shared.dim, shared.turns, shared.unit, len(to) == 1
         value = *at, dict(zip((new for _, new in named), counts, strict=True))
         if found.setdefault(named[0][0], value) != value:
             found[f"^{re.escape(name)}$"] = *at, dict(shared.parts)

@@ -326,9 +326,11 @@ class ModuleNames(WeightsMapper):
                 f"  fix:  {self.fix(module)}"
             )
         matches = [(pattern.match(key), new) for pattern, new in self.renamed.items()]
-        found = [(match.end(), match.expand(new)) for match, new in matches if match]
-        end, renamed = max(found, default=(0, ""))
-        return renamed + key[end:]
+        found = [(match.end(), [match.expand(n) for n in new]) for match, new in matches if match]
+        end, renamed = max(found, default=(0, [""]))
+        names = [name + key[end:] for name in renamed]
+        # One that is several layers here: compressed-tensors takes a pattern for a name.
+        return names[0] if len(names) == 1 else f"re:({'|'.join(map(re.escape, names))})$"
 
     def fix(self, module: str) -> str:
         """What to do about an adapter for a module that is no target."""
@@ -359,9 +361,9 @@ class CheckpointNames(WeightsMapper):
         repeated: dict | None = None,
         **names,
     ) -> None:
-        renamed, quantised = {}, {}
+        renamed, ends = {}, {}
         tensors = names.get("orig_to_new_regex", {})
-        for pattern, new in tensors.items():
+        for pattern, new in sorted(tensors.items(), key=lambda t: t[0].pattern.endswith("bias$")):
             if new is not None:
                 module = re.sub(r"(\\\.(weight|bias))?\$$", "", pattern.pattern)
                 other = "" if pattern.pattern == f"{module}$" else r"(?!(weight|bias)$)"
@@ -369,8 +371,11 @@ class CheckpointNames(WeightsMapper):
                 # Also as a whole, of which each of several in one tensor is a numbered part.
                 whole = re.sub(r"\\#\d+", "", module), re.sub(r"#\d+", "", new)
                 for old, own in ((module, new), whole):
-                    renamed[re.compile(rf"{old}(?=\.|$)")] = own
-                    quantised[re.compile(rf"{old}(?=\.{other})")] = own
+                    found = renamed.setdefault(re.compile(rf"{old}(?=\.|$)"), [])
+                    if own not in found and not (found and pattern.pattern.endswith("bias$")):
+                        found.append(own)
+                    ends[re.compile(rf"{old}(?=\.{other})")] = found
+        quantised = {pattern: new[0] for pattern, new in ends.items() if len(new) == 1}
         super().__init__(**{**names, "orig_to_new_regex": {**tensors, **quantised}})
         self.modules = ModuleNames(renamed, lora_targets, split or {}, repeated or {})
 
@@ -557,33 +562,40 @@ def set_apart(
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """The same weights; a tensor that holds several, in one turn or in many, as those.
 
-    The tensors of a quantised module go on as they are: vLLM's layers divide them, where each of
-    the several is in one piece.
+    So are the tensors of a quantised module that have a row for each of its own, such as scales.
+    All of one that is a layer here, with each of the several in one piece, go on as they are:
+    vLLM's layers divide them.
     """
 
     def find(name: str):
-        found = ((pattern.fullmatch(name), *table) for pattern, table in shared.items())
-        return next((f for f in found if f[0]), None)
+        tables = ((pattern.fullmatch(name), *table) for pattern, table in shared.items())
+        return next((table for table in tables if table[0]), None)
 
     for name, weight in weights:
-        module = name.rpartition(".")[0]
-        if found := find(name):
-            match, dim, turns, unit, parts = found
-            whole = weight.unflatten(dim, (turns, sum(parts.values()), unit))
-            rows = whole.split(list(parts.values()), dim + 1)
-            for part, own in zip(parts, rows, strict=True):
-                yield match.expand(part), own.flatten(dim, dim + 2)
+        module, _, kind = name.rpartition(".")
+        whole = find(name)
+        found = whole or find(f"{module}.weight")
+        if found is None:
+            yield name, weight
             continue
-        if found := find(f"{module}.weight"):
-            match, _, turns, _, parts = found
-            if turns > 1:
-                raise ValueError(
-                    f"{name} cannot be loaded: {module}.weight holds several matrices in turns\n"
-                    "  need: a checkpoint in which this module is not quantised\n"
-                    "  fix:  quantise it with this module in the list of those to ignore"
-                )
+        match, dim, turns, unit, is_one, parts = found
+        if whole is None and is_one and turns == 1:
             awaited.difference_update(match.expand(part).rpartition(".")[0] for part in parts)
-        yield name, weight
+            yield name, weight
+            continue
+        if whole is None and (dim or weight.shape[:1] != (turns * sum(parts.values()) * unit,)):
+            how = "in turns" if turns > 1 else "of several layers"
+            raise ValueError(
+                f"{name} cannot be loaded: {module}.weight holds several matrices {how}\n"
+                "  need: a checkpoint in which this module is not quantised, or by its rows\n"
+                "  fix:  quantise it with this module in the list of those to ignore"
+            )
+        rows = weight.unflatten(dim, (turns, sum(parts.values()), unit))
+        for part, own in zip(parts, rows.split(list(parts.values()), dim + 1), strict=True):
+            own_name = match.expand(part)
+            if whole is None:
+                own_name = f"{own_name.rpartition('.')[0]}.{kind}"
+            yield own_name, own.flatten(dim, dim + 2)
 
 
 def take_apart(weights: Iterable[tuple[str, torch.Tensor]], split: dict, repeated: dict):
@@ -857,16 +869,20 @@ def normed(
     return (h.to(x.dtype) * weight).to(x.dtype)
 
 
-def name_ignored(vllm_config: VllmConfig, names: WeightsMapper) -> None:
-    """Leave out of a quantisation what the checkpoint does, where its name has no dot.
+def name_ignored(vllm_config: VllmConfig, names: WeightsMapper, tensors: dict) -> None:
+    """Leave out of a quantisation what the checkpoint does, under the names that it has here.
 
-    vLLM takes such a name of compressed-tensors' `ignore` for a class, and does not rename it: the
-    layer would be made for quantised weights, and be given others, without an error.
+    vLLM takes a name without a dot of compressed-tensors' `ignore` for a class, and renames neither
+    that nor a pattern: the layer would be made for quantised weights, and be given others, without
+    an error.
     """
     ignored = getattr(vllm_config.quant_config, "ignore", None)
     if isinstance(ignored, list):
-        bare = [name for name in ignored if "." not in name and not name.startswith("re:")]
-        here = [names.get_rename_mapper().map_name(name) for name in bare]
+        patterns = [re.compile(name[3:]) for name in ignored if name.startswith("re:")]
+        there = {re.sub(r"(#\d+)?(\.\w+)?$", "", name) for name in spelled_out(tensors)}
+        found = [name for name in there if any(p.match(name) for p in patterns)]
+        found += [name for name in ignored if "." not in name and not name.startswith("re:")]
+        here = [names.get_rename_mapper().map_name(name) for name in sorted(found)]
         ignored += [name for name in here if name is not None and name not in ignored]
 
 

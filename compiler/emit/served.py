@@ -150,16 +150,17 @@ class ServedLines(Whole):
         return {a.rpartition(".")[2]: "input" for a in embeds} | dict.fromkeys(heads, "output")
 
     def name_ignored(self) -> list[str]:
-        """Where a checkpoint has a linear layer whose name has no dot, such as `score`."""
+        """Where a linear layer's name has no dot, as `score`, or is of several layers."""
         bare = [name for name in self.loading.lora_targets if "." not in name]
         tensors = [
             t for name in bare for t in (name, f"{name}.weight") if t in self.loading.tensors
         ]
         found = [apply(self.loading, t)[0].removesuffix(".weight") for t in tensors]
-        if all(name.rpartition(".")[2] in self.vocabularies() for name in found):
+        is_whole = all(is_one for _, _, _, is_one, _ in self.loading.shared.values())
+        if is_whole and all(name.rpartition(".")[2] in self.vocabularies() for name in found):
             return []
         name = self.module.help("name_ignored")
-        return [f"        {name}(vllm_config, self.hf_to_vllm_mapper)"]
+        return [f"        {name}(vllm_config, self.hf_to_vllm_mapper, TENSORS)"]
 
     def head_constructor(self) -> list[str]:
         m, scope = self.module, self.head

@@ -68,13 +68,14 @@ def test_one_layer_under_the_name_of_the_checkpoint(rows):
     found = tables(source)
     assert "self.fused = QKVParallelLinear(" in source
     assert found["packed_modules_mapping"] == {"fused": ["fused"]}
-    [(pattern, (dim, turns, unit, parts))] = found["SHARED"].items()
+    [(pattern, (dim, turns, unit, is_one, parts))] = found["SHARED"].items()
     assert (
         pattern.fullmatch("layers.1.attn.fused.weight").expand([*parts][1])
         == "layers.1.attn.fused#1.weight"
     )
     assert (dim, turns, unit) == ((0, 2, 32) if rows is IN_TURNS else (0, 1, 32))
     assert [*parts.values()] == ([2, 1, 1] if rows is IN_TURNS else [4, 2, 2])
+    assert is_one
 
 
 def test_adapters_may_change_what_is_in_one_piece():

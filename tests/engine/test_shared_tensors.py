@@ -26,7 +26,7 @@ def matrices(model, weights):
     """The checkpoint's linears by their modules' names: [out, in]."""
     tensors = dict(stored_tensors_of(model.tensor_maps, dict(fm.tree.items(weights))))
     found = {name.removesuffix(".weight"): t for name, t in tensors.items() if t.dim() == 2}
-    return {name: t for name, t in found.items() if re.search(r"\blayers?\.", name)}
+    return {name: t for name, t in found.items() if re.search(r"\b(layers?|h)\.\d", name)}
 
 
 def with_tensors(model, weights, tensors):
@@ -41,17 +41,22 @@ def with_tensors(model, weights, tensors):
     return fm.tree.map_with_path(value, model.params)
 
 
-def write_adapter(folder, model, weights, chosen):
-    """A PEFT folder that changes the modules `chosen` matches; returns the merged weights."""
+def write_adapter(folder, model, weights, chosen, is_transposed=False):
+    """A PEFT folder that changes the modules `chosen` matches; returns the merged weights.
+
+    Args:
+        is_transposed: whether the checkpoint has [in, out], for which PEFT has the same factors.
+    """
     generator, changed, merged = torch.Generator().manual_seed(0), {}, {}
     for name, matrix in matrices(model, weights).items():
         if re.search(chosen, name):
-            out, into = matrix.shape
+            out, into = reversed(matrix.shape) if is_transposed else matrix.shape
             a = torch.randn(RANK, into, generator=generator) / into**0.5
             b = torch.randn(out, RANK, generator=generator) / RANK**0.5
             key = f"base_model.model.{name}"
             changed |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-            merged[f"{name}.weight"] = matrix + ALPHA / RANK * (b @ a)
+            delta = ALPHA / RANK * (b @ a)
+            merged[f"{name}.weight"] = matrix + (delta.T if is_transposed else delta)
     assert changed, "nothing was chosen"
     targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in changed})
     folder.mkdir()
@@ -88,18 +93,26 @@ def test_adapters_of_matrices_in_turns_are_refused(tmp_path):
         serve_adapters(model, tmp_path, PROMPTS, [tmp_path / "a"] * 3)
 
 
-def quantised(model, weights, folder, scheme):
-    """Rewrite the folder's linears in a scheme; returns the weights that it stands for."""
+def quantised(model, weights, folder, scheme, left=None):
+    """Rewrite the folder's linears in a scheme; returns the weights that it stands for.
+
+    Args:
+        left: a pattern of those that stay as they are.
+    """
     write, config = SCHEMES[scheme]
-    tensors, meant = load_file(folder / "model.safetensors"), {}
+    tensors, meant, ignored = load_file(folder / "model.safetensors"), {}, ["embed_out"]
     for name, matrix in matrices(model, weights).items():
+        if left and re.search(left, name):
+            ignored.append(name)
+            continue
         stored, meant[f"{name}.weight"] = write(matrix)
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{kind}": part.contiguous() for kind, part in stored.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((folder / "config.json").read_text())
-    ignored = [*config["ignore"], "embed_out"]
-    settings["quantization_config"] = config | {"ignore": ignored}
+    if left:  # experts that are one tensor are found by a pattern alone
+        ignored.append(f"re:.*({left})")
+    settings["quantization_config"] = config | {"ignore": [*config["ignore"], *ignored]}
     (folder / "config.json").write_text(json.dumps(settings))
     return with_tensors(model, weights, meant)
 
@@ -119,9 +132,39 @@ def test_quantised_fused_matrices(scheme, tp, tmp_path):
     assert rounded < min(0.1, 0.9 * not_rounded)
 
 
-def test_quantised_matrices_in_turns_are_refused(tmp_path):
-    """Their scales would be another row's."""
-    model, weights = saved_row("gpt_neox", tmp_path)
+def own(name, folder, **options):
+    """What vLLM's own class answers, as something to compare with."""
+    arch = rows()[name].architecture
+    theirs = serve(folder, PROMPTS, arch=arch, prompt_logprobs=True, **options)
+    return [(s.tokens, torch.tensor(s.all_logprobs)) for s in theirs]
+
+
+def test_quantised_matrices_in_turns_by_rows(tmp_path):
+    """Each row has its scale, which goes where the row goes."""
+    model, weights = saved_row("falcon", tmp_path)
     quantised(model, weights, tmp_path, "int8")
-    with pytest.raises(ValueError, match=r"query_key_value.weight holds several matrices in turns"):
-        serve_model(model, tmp_path)
+    check(serve_model(model, tmp_path, tp=2), own("falcon", tmp_path, tp=2))
+
+
+@pytest.mark.parametrize(("name", "module"), [("gpt_neox", "query_key_value"), ("lfm2", "in_proj")])
+def test_quantised_matrices_that_cannot_be_told_apart_are_refused(name, module, tmp_path):
+    """Of four bits, eight of a row in a number, the shape is that of all."""
+    model, weights = saved_row(name, tmp_path)
+    quantised(model, weights, tmp_path, "w4a16")
+    with pytest.raises(ValueError, match=rf"{module}.weight holds several matrices"):
+        serve_model(model, tmp_path, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("how", ["names", "pattern"])
+def test_a_matrix_of_several_layers_that_is_left_out(how, tmp_path):
+    """Each of the layers is made for what the checkpoint has; LFM2's in_proj is three here."""
+    model, weights = saved_row("lfm2", tmp_path)
+    quantised(model, weights, tmp_path, "int8", "in_proj")
+    config = json.loads((tmp_path / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    ignore[:] = [name for name in ignore if name.startswith("re:") == (how == "pattern")]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    # Its own class is wrong with the CPU's kernel of ropes.
+    native = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+    want = own("lfm2", tmp_path, **native)
+    check(serve_model(model, tmp_path, edit=vllms_layers), want)

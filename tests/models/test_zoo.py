@@ -266,6 +266,16 @@ def test_both_names_are_in_the_registry(name):
 
 
 @EVERY_ROW
+def test_what_is_not_served_has_a_reason(name):
+    """Adapters, int8 and vLLM's own class: tested on the engine, or the row says why not."""
+    row = ROWS[name]
+    assert bool(row.linears) != bool(row.no_adapters)
+    assert not row.no_int8 or not row.unquantised
+    assert bool(row.vllm) != bool(row.no_vllm)
+    assert row.vllm or row.no_int8, "int8 is compared with vLLM's own class"
+
+
+@EVERY_ROW
 def test_packed_sequences_equal_separate_ones(name):
     """`segment_ids` reach every layer, and tokens need no batch."""
     row = ROWS[name]

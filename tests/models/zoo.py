@@ -54,9 +54,11 @@ class Row:
             works on a CPU, and says why in `no_vllm`.
         narrow_vllm: the same, of a class that takes bfloat16 alone.
         layer: the function of the file that is called once a layer; "" for none.
-        linears: a pattern of the checkpoint's names of matrices that are whole tensors, [out, in]:
-            the engine serves adapters for them, and all matrices but a vocabulary's and a
-            classifier's as int8; "" to leave both out.
+        linears: a pattern of the checkpoint's names of matrices that an adapter changes; or
+            `no_adapters` says why there can be none.
+        unquantised: a pattern of those that a checkpoint in int8 leaves as they are, beside a
+            vocabulary's and a classifier's; or `no_int8` says why there is no such test.
+        is_transposed: whether the checkpoint has matrices as [in, out].
         peer: the attention of transformers' model.
         amend: makes that model compute what its authors' does, where it does not.
         embeddings_first: whether the first of its hidden states are the embeddings.
@@ -80,6 +82,10 @@ class Row:
     narrow_vllm: str | None = None
     layer: str = "decoder_layer"
     linears: str = ""
+    no_adapters: str = ""
+    unquantised: str = ""
+    no_int8: str = ""
+    is_transposed: bool = False
     peer: str = "eager"
     amend: Callable[[Any], None] = lambda peer: None
     embeddings_first: bool = True

@@ -139,6 +139,8 @@ ROW = Row(
     },
     served=("lite", "plain rope"),
     no_choice={"num_experts_per_tok": 8, "n_group": 2, "topk_group": 2},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    unquantised=r"kv_b_proj|mlp\.(gate$|experts)",
     vllm="deepseek_v2:DeepseekV2ForCausalLM",
     settings={"max_num_batched_tokens": 256, "attention_config": {"backend": "CPU_MLA"}},
 )

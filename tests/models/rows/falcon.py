@@ -118,6 +118,7 @@ ROW = Row(
         "linear": {"rope_scaling": {"rope_type": "linear", "factor": 1.1}},
     },
     served=("inner", "one-norm", "7b", "rw"),
+    linears=r"dense",
     vllm="falcon:FalconForCausalLM",
     peer="sdpa",  # eagerly, transformers adds the biases of ALiBi twice
 )

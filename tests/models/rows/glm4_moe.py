@@ -113,5 +113,7 @@ ROW = Row(
     },
     served=("air",),
     no_choice={"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    unquantised=r"mlp\.(gate$|experts)",
     vllm="glm4_moe:Glm4MoeForCausalLM",
 )

@@ -66,5 +66,8 @@ ROW = Row(
         "eps": {"layer_norm_epsilon": 1e-3},
     },
     served=("inner", "by-layer"),
+    linears=r"c_attn|c_proj|c_fc",
+    is_transposed=True,
+    no_int8="vLLM's own class takes the scales of [in, out] matrices for matrices",
     vllm="gpt2:GPT2LMHeadModel",
 )

@@ -103,6 +103,8 @@ ROW = Row(
         "eps": {"layer_norm_eps": 1e-3},
     },
     served=("sequential", "half", "no-bias"),
+    linears=r"dense",  # but those of queries, keys and values, which are in turns
+    no_int8="vLLM has no class to compare with",
     vllm=None,
     no_vllm="vLLM 0.32 has none, and its transformers backend finds no place for embed_out",
 )

@@ -90,5 +90,7 @@ ROW = Row(
         "theta": {"rope_theta": 140000.0},
     },
     no_choice={"num_experts_per_tok": 4},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    unquantised=r"mlp\.",
     vllm="gpt_oss:GptOssForCausalLM",
 )

@@ -99,6 +99,7 @@ ROW = Row(
         "eps": {"norm_eps": 1e-3},
     },
     served=("bias", "untied"),
+    linears=r"self_attn|feed_forward|conv\.out_proj",  # conv.in_proj is three layers
     vllm="lfm2:Lfm2ForCausalLM",
     settings={"enable_prefix_caching": False},
 )

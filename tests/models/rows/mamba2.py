@@ -121,6 +121,7 @@ ROW = Row(
         "limit": {"time_step_limit": [0.05, 0.5]},
     },
     served=("one group", "limited"),
+    linears=r"out_proj",  # in_proj is several layers
     vllm="mamba2:Mamba2ForCausalLM",
     engine_fault=(r"F\.softplus\(", "1.1 * F.softplus("),
     amend=norm_by_group,

@@ -84,5 +84,7 @@ ROW = Row(
     },
     served=("window",),
     no_choice={"num_experts_per_tok": 4},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    unquantised=r"block_sparse_moe",
     vllm="mixtral:MixtralForCausalLM",
 )

@@ -72,5 +72,7 @@ ROW = Row(
     },
     served=("clipped",),
     no_choice={"num_experts_per_tok": 8},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    unquantised=r"mlp\.",
     vllm="olmoe:OlmoeForCausalLM",
 )

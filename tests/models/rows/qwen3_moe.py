@@ -97,5 +97,7 @@ ROW = Row(
     },
     served=("as they are", "every second"),
     no_choice={"num_experts_per_tok": 8},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    unquantised=r"mlp\.",
     vllm="qwen3_moe:Qwen3MoeForCausalLM",
 )

@@ -100,6 +100,8 @@ ROW = Row(
     },
     served=("dense",),
     no_choice={"num_experts_per_tok": 8},
+    no_adapters="vLLM has no kernel for experts beside adapters on a CPU",
+    no_int8="vLLM's own class takes bfloat16 alone on a CPU",
     no_vllm="its gated delta rule takes bfloat16 alone on a CPU",
     narrow_vllm="qwen3_next:Qwen3NextForCausalLM",
     settings={"enable_prefix_caching": False},
