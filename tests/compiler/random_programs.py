@@ -34,7 +34,8 @@ class Spec:
 
 
 @st.composite
-def specs(draw: Any, steps: tuple[str, ...] = ()) -> Spec:
+def specs(draw: Any, steps: tuple[str, ...] = (), gathers: bool = False) -> Spec:
+    """Programs of some of the steps; with `gathers`, more of those where a value is gathered."""
     kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
     sizes = {
         "vocab": draw(st.sampled_from([8, 12, 15])),
@@ -47,6 +48,8 @@ def specs(draw: Any, steps: tuple[str, ...] = ()) -> Spec:
         "rank": 3,
     }
     one = st.sampled_from([(), ("hidden",), ("head_dim",), ("mlp",), ("kv_heads",), ("rank",)])
+    # Cuts that few operations keep: of these programs, most gather somewhere.
+    odd = st.sampled_from([("hidden", "head_dim"), ("head_dim", "mlp"), ("hidden", "mlp")])
     usual = st.sampled_from(
         [
             ("vocab", "heads", "kv_heads", "mlp"),
@@ -60,8 +63,16 @@ def specs(draw: Any, steps: tuple[str, ...] = ()) -> Spec:
     )
     return Spec(
         tuple(sizes.items()),
-        draw(st.one_of(usual, usual, one)),
-        tuple(draw(st.lists(st.sampled_from(steps or tuple(STEPS)), min_size=1, max_size=4))),
+        draw(st.one_of(usual, usual, one, *[odd] * gathers)),
+        tuple(
+            draw(
+                st.lists(
+                    st.sampled_from(steps or (_GATHERING if gathers else _USUAL)),
+                    min_size=1,
+                    max_size=4,
+                )
+            )
+        ),
         draw(st.integers(1, 3)),
         draw(st.booleans()),
         draw(st.booleans()),
@@ -300,6 +311,14 @@ def normed_wide(p, x, positions):
     return x + torch.einsum("...f,ef->...e", h, p["down"])
 
 
+@fm.block
+def scrambled(p, x, positions):
+    """Along the features of a projection: gathered where these are cut."""
+    h = einsum(x, p["gate"], "... e, f e -> ... f")
+    h = h.cumsum(-1) / 4 + h.flip(-1) + h.roll(1, -1).sort(-1).values
+    return x + torch.tanh(h) @ p["down"].T
+
+
 def shared_keys(p, x, positions):
     """Two attentions with the same keys and values, the second of which carries the first's on."""
     q, k, v = _qkv(p, ops.rms_norm(x, p["norm"], eps=1e-5))
@@ -346,5 +365,8 @@ STEPS: dict[str, tuple[dict[str, str], Any]] = {
     "picked": (QO, picked),
     "rearranged": (QO, rearranged),
     "normed_wide": (GATED | {"mlp_norm": "mlp"}, normed_wide),
+    "scrambled": (GATED, scrambled),
     "shared_keys": (QKVO | {"norm": "hidden", "scale": "heads"}, shared_keys),
 }
+_USUAL = tuple(step for step in STEPS if step != "scrambled")
+_GATHERING = (*STEPS, "scrambled", "scrambled", "picked")

@@ -42,7 +42,7 @@ def counts() -> dict[str, int]:
     return dict.fromkeys(("programs", "runs", "refused", "gathered"), 0)
 
 
-@given(specs())
+@given(specs(gathers=True))
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -74,6 +74,7 @@ def test_random_programs(capsys):
         print(f"\n  random programs: {counts()}")
     assert counts()["programs"] >= 60
     assert counts()["runs"] >= 100
+    assert counts()["gathered"] >= counts()["programs"] / 10  # else little of gathering is tested
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
