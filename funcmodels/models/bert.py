@@ -42,7 +42,9 @@ class Config(hf_config.ZooConfig):
     }
     # Of training, and of heads that are not read.
     READS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
-             "gradient_checkpointing", "tie_word_embeddings")  # fmt: skip
+             "gradient_checkpointing", "tie_word_embeddings", "directionality", "pooler_fc_size",
+             "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+             "pooler_type")  # fmt: skip
 
     vocab_size: int
     hidden_size: int

@@ -44,6 +44,7 @@ class Config(hf_config.ZooConfig):
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout",
         "summary_proj_to_labels", "summary_type", "summary_use_proj", "n_ctx",
         "reorder_and_upcast_attn", "gradient_checkpointing", "n_special", "predict_special_tokens",
+        "output_past",
     )  # fmt: skip
 
     vocab_size: int

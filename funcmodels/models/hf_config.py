@@ -17,7 +17,8 @@ from funcmodels.errors import ConfigError, listed
 # Bookkeeping, training and generation settings: none of them reaches the forward pass.
 INERT = frozenset(
     """
-    _name_or_path architectures auto_map dtype id2label initializer_range is_encoder_decoder
+    _attn_implementation_autoset _name_or_path architectures auto_map dtype id2label
+    initializer_range is_encoder_decoder
     is_llama_config label2id max_sequence_length model_type problem_type
     torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
     bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id unk_token_id

@@ -39,6 +39,10 @@ class Config(hf_config.ZooConfig):
         "hidden_act": ("silu",),
         "attention_dropout": (0, 0.0),
         "use_sliding_window": (False,),
+        # Of Qwen3-Coder, which say what all of these models have.
+        "qkv_bias": (None, False),
+        "shared_expert_intermediate_size": (None, 0),
+        "use_qk_norm": (None, True),
     }
     # A window is given where none is used; the others weigh and report a loss.
     READS = (

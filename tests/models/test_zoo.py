@@ -242,6 +242,40 @@ def test_fields_left_out_are_what_transformers_takes_them_for(name):
     assert row.zoo.Config.from_hf(fields) == row.zoo.Config.from_hf(told)
 
 
+INERT_THERE = {
+    "bert": {
+        "directionality": "bidi",
+        "pooler_fc_size": 768,
+        "pooler_num_attention_heads": 12,
+        "pooler_num_fc_layers": 3,
+        "pooler_size_per_head": 128,
+        "pooler_type": "first_token_transform",
+    },
+    "qwen3_moe": {
+        "qkv_bias": False,
+        "shared_expert_intermediate_size": 0,
+        "use_qk_norm": True,
+    },
+    "gpt2": {"output_past": True},
+    "llama": {"_attn_implementation_autoset": True},
+}
+
+
+@pytest.mark.parametrize("name", INERT_THERE)
+def test_published_fields_that_change_nothing(name):
+    row, fields = ROWS[name], INERT_THERE[name]
+    assert row.zoo.Config.from_hf({**row.hf, **fields}) == row.zoo.Config.from_hf(row.hf)
+
+
+@pytest.mark.parametrize(
+    "other", [{"qkv_bias": True}, {"shared_expert_intermediate_size": 64}, {"use_qk_norm": False}]
+)
+def test_the_same_fields_with_a_meaning_are_refused(other):
+    row = ROWS["qwen3_moe"]
+    with pytest.raises(ConfigError, match=f"does not support this {next(iter(other))}"):
+        row.zoo.Config.from_hf({**row.hf, **other})
+
+
 @EVERY_ROW
 def test_an_unknown_field_is_refused(name):
     row = ROWS[name]
