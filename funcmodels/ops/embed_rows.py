@@ -71,11 +71,21 @@ def rows_aside(tables: Sequence[Tensor]) -> Iterator[Aside]:
 
 def embed(tokens: Tensor, table: Tensor) -> Tensor:
     """table[tokens]."""
-    if _aside is not None and not torch._C._are_functorch_transforms_active():
+    if _compiles_or_transforms():
+        return F.embedding(tokens, table)
+    if _aside is not None:
         rows = _aside.of(table)
         if rows is not None:
             return _Embed.apply(tokens, table, rows)  # type: ignore[return-value]
     return F.embedding(tokens, table)
+
+
+def _compiles_or_transforms() -> bool:
+    """Whether a compiler or a transform is to see a plain lookup.
+
+    A compiled graph may not append to lists: it was broken here, and compiled anew for each step.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class _Embed(torch.autograd.Function):

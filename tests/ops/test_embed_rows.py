@@ -95,3 +95,14 @@ def test_no_table_beside_the_gradient():
     with Tables() as autograd:
         fm.grad_and_value(lambda w: loss(w, F.embedding))(given)
     assert (ours.made, autograd.made) == (1, 3)  # the head's; and zeros with rows, and the sum
+
+
+def test_a_compiled_loss_is_one_graph_for_all_steps():
+    """New weights in each step, as an optimiser gives: a table of its own was a graph of its own."""
+    compiled = torch.compile(LOSSES["tied"], backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        given = fm.tree.map(lambda w, step=step: w + step, weights())
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            grads, loss = fm.grad_and_value(compiled)(given)
+        want, value = fm.grad_and_value(LOSSES["tied"])(given)
+        torch.testing.assert_close((grads, loss), (want, value))
