@@ -2,7 +2,7 @@
 
     python -m benchmarks.recurrent [--part serve|train|all] [--model NAME ...] [--tp N ...]
                                    [--mode eager|compiled|both] [--quick] [--processor-time]
-                                   [--json FILE]
+                                   [--load NAME ...] [--json FILE]
 
 `serve` measures as `benchmarks.serve` does; vLLM's transformers backend serves no model with a
 recurrent state. `train` is `benchmarks.recurrent_train`.
@@ -36,6 +36,7 @@ def main(
     threads: serve.Threads = None,
     processor_time: serve.ProcessorTime = False,
     peers_only: serve.PeersOnly = False,
+    load: serve.Chosen = None,
 ) -> None:
     """Recurrent states, served and trained, beside their peers."""
     rows = []
@@ -50,6 +51,7 @@ def main(
             threads=threads,
             processor_time=processor_time,
             peers_only=peers_only,
+            loads=load,
         )
     if part is not Part.serve:
         rows += train_rows(quick=quick, rounds=rounds)

@@ -1,7 +1,7 @@
 """Serving speed of the emitted class against vLLM's own class and its transformers backend.
 
     python -m benchmarks.serve [--model NAME ...] [--tp N ...] [--mode eager|compiled|both]
-                               [--quick] [--processor-time] [--json FILE]
+                               [--load NAME ...] [--quick] [--processor-time] [--json FILE]
 
 bfloat16, with vLLM's settings the same on all sides. The models are those of `benchmarks.shapes`:
 SmolLM2-135M-Instruct unless others are named. Each side is a process of its own that holds its
@@ -42,9 +42,11 @@ class Mode(StrEnum):
 Figures = dict[str, dict[str, list[float]]]  # load -> side -> one figure a turn
 
 
-def measure(names: list[str], settings: Settings, *, what: str, rounds: int) -> Figures:
-    """Let the sides take turns over all loads."""
-    figures: Figures = {load.what: {name: [] for name in names} for load in LOADS}
+def measure(
+    names: list[str], settings: Settings, loads: list[Load], *, what: str, rounds: int
+) -> Figures:
+    """Let the sides take turns over the loads."""
+    figures: Figures = {load.what: {name: [] for name in names} for load in loads}
     sides: list[Side] = []
     columns = [SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()]
     with tempfile.TemporaryDirectory() as logs, Progress(*columns, transient=True) as progress:
@@ -54,10 +56,10 @@ def measure(names: list[str], settings: Settings, *, what: str, rounds: int) -> 
                 sides.append(Side(name, settings, Path(logs)))
                 progress.advance(starting)
             turns = progress.add_task(
-                f"{what}: measuring", total=(rounds + 1) * len(LOADS) * len(sides)
+                f"{what}: measuring", total=(rounds + 1) * len(loads) * len(sides)
             )
             for turn in range(rounds + 1):
-                for load in LOADS:
+                for load in loads:
                     for side in sides if turn % 2 else reversed(sides):
                         speed = side.measure(load, seed=turn)
                         if turn > 0:  # the first warms up
@@ -91,6 +93,7 @@ Models = Annotated[list[str] | None, typer.Option(help="may be repeated")]
 Ranks = Annotated[list[int] | None, typer.Option(help="ranks; may be repeated")]
 Quick = Annotated[bool, typer.Option(help="eager unless --mode is given; few turns")]
 File = Annotated[Path | None, typer.Option(help="write the rows to this file")]
+Chosen = Annotated[list[str] | None, typer.Option(help="'decode 1x64' alone; may be repeated")]
 How = Annotated[Mode, typer.Option(help="how vLLM runs the model")]
 Turns = Annotated[int | None, typer.Option(help="turns of each side")]
 Threads = Annotated[int | None, typer.Option(help="OpenMP threads of each engine")]
@@ -111,11 +114,13 @@ def served_rows(
     threads: int | None,
     processor_time: bool,
     peers_only: bool,
+    loads: list[str] | None,
 ) -> list[Row]:
     """The rows of some of the shapes. Arguments are the options of the command.
 
     Raises:
-        typer.BadParameter: for a name that is none of the shapes', or processor's time of ranks.
+        typer.BadParameter: for a name that is none of the shapes' or loads', or processor's time of
+            ranks.
     """
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # one process a side, and one a rank
@@ -135,6 +140,10 @@ def served_rows(
         modes = ["eager"]
     if unknown := set(names) - set(shapes):
         raise typer.BadParameter(f"--model {min(unknown)}: need one of {', '.join(shapes)}")
+    chosen = [load for load in LOADS if loads is None or load.what in loads]
+    if unknown := set(loads or []) - {load.what for load in LOADS}:
+        known = ", ".join(load.what for load in LOADS)
+        raise typer.BadParameter(f"--load {min(unknown)}: need one of {known}")
     console, rows = Console(), []
     for name in names:
         shape = shapes[name]
@@ -149,7 +158,7 @@ def served_rows(
                 settings = Settings(
                     shape.folder(), each == "compiled", ranks, threads, processor_time
                 )
-                figures = measure(sides, settings, what=what, rounds=rounds)
+                figures = measure(sides, settings, chosen, what=what, rounds=rounds)
                 show_noise(figures, what, console)
                 if not peers_only:
                     rows += to_rows(figures, what)
@@ -166,6 +175,7 @@ def main(
     threads: Threads = None,
     processor_time: ProcessorTime = False,
     peers_only: PeersOnly = False,
+    load: Chosen = None,
 ) -> None:
     """Serving speed of the emitted class, vLLM's own class and the transformers backend."""
     rows = served_rows(
@@ -178,6 +188,7 @@ def main(
         threads=threads,
         processor_time=processor_time,
         peers_only=peers_only,
+        loads=load,
     )
     if rows:
         clock = ", processor time" if processor_time else ""

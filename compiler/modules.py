@@ -116,6 +116,7 @@ class _Planner:
         self.parts: dict[str, list[str]] = {}  # fused module name -> what its parts are called
         apart = program.model.shared if isinstance(program.model, TakenApart) else {}
         self.whole = whole_modules(apart)
+        self.counts = {stem(shared.parts[0][0]): len(shared.parts) for shared in apart.values()}
         copies = program.model.repeated if isinstance(program.model, TakenApart) else {}
         self.copies = {stem(_module(name)) for names in copies.values() for name in names}
 
@@ -217,7 +218,8 @@ class _Planner:
             return experts_name([_below(_parent(m), anchor) for m in modules])
         parents = {_parent(m) for m in modules}
         is_part = MARK in "".join(modules)
-        if len(modules) > 1 and len({stem(m) for m in modules}) == 1:
+        one = len(modules) > 1 and len({stem(m) for m in modules}) == 1
+        if one and self.is_whole(weights, names):
             modules, is_part = [stem(modules[0])], False
         below = _below(modules[0], anchor)
         if len(parents) == 1 and below is not None and not is_part:
@@ -286,7 +288,9 @@ class _Planner:
         if len(leaves) > 1:  # vLLM has one list of parts for all layers of a name
             leaves = self.parts.setdefault(fused, leaves)
             assert len(leaves) == len(weights), f"{fused} has other parts elsewhere: {leaves}"  # type: ignore[arg-type]
-            self.plan.fused[fused] = [*dict.fromkeys(map(stem, leaves))]
+            inside = [*dict.fromkeys(map(stem, leaves))]
+            if len(inside) > 1 or self.is_whole([str(w.target) for w in weights], names):  # type: ignore[union-attr]
+                self.plan.fused[fused] = inside
         for kind, params in (("weight", weights), ("bias", biases)):
             rows = zip(parts, params, node.kwargs["matrices"], leaves, strict=False)  # type: ignore[arg-type]
             for shard, param, matrix, leaf in rows:
@@ -315,6 +319,11 @@ class _Planner:
             own = found.names if found.template is None else found.parts
             for name, part in zip(own, found.parts, strict=True):
                 self.plan.tensors[name] = Destination(part, layout=found.layout, sizes=found.sizes)
+
+    def is_whole(self, weights: list[str], names: dict[str, str]) -> bool:
+        """Whether parts of one tensor are all of it."""
+        tensor = self.maps[names[weights[0]]].names[0]
+        return len(weights) == self.counts.get(stem(_module(tensor)), len(weights))
 
     def leaves(self, weights: list[fx.Node], names: dict[str, str]) -> list[str]:
         """What the parts of a layer are called in it: as in the checkpoint, where that differs."""

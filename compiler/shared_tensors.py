@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from funcmodels.parts import without_parts
+from funcmodels.parts import part_of, without_parts
 from funcmodels.spec import Model, Param
 
 MARK = "#"
@@ -69,6 +69,17 @@ def numbered(tensor: str, index: int) -> str:
     """`attn.qkv_proj.weight` as `attn.qkv_proj#0.weight`."""
     module = tensor.removesuffix(".weight").removesuffix(".bias")
     return f"{module}{MARK}{index}{tensor[len(module) :]}"
+
+
+def place_in_tensor(param: Param) -> tuple[str, int] | None:
+    """The tensor that a parameter is a part of, and a number that orders its parts; or None."""
+    template, _, layout = str(param.hf or "").partition(":")
+    name, mark, index = template.strip().partition(MARK)
+    if mark:
+        number, dot, kind = index.partition(".")
+        return name + dot + kind, int(number)
+    part = part_of(layout, dict(zip(param.axes, param.shape, strict=True)), name, param.where)
+    return None if part is None else (name, part.start)
 
 
 def stem(module: str) -> str:

@@ -106,7 +106,8 @@ class Recurrent(nn.Module, MambaBase):
                 "  fix:  speculative_config=None"
             )
         self.step, self.chunked, self.chunk = step, chunked, chunk
-        self.kernel = kernel if current_platform.is_cpu() else None
+        self.kernel: Any = kernel if current_platform.is_cpu() else None
+        self.kernel_fits: bool | None = None  # not known before it is given operands
         self.state, self.results, self.prefix = state, results, prefix
         self.states: list[torch.Tensor] = []
         self.kv_cache = (torch.tensor([]),)
@@ -173,8 +174,15 @@ class Recurrent(nn.Module, MambaBase):
 
     def forward(self, xs: list[torch.Tensor], params: list[torch.Tensor]) -> list[torch.Tensor]:
         count = xs[0].shape[0]
+        is_compiling = torch.compiler.is_compiling()
+        metadata: Any = None if is_compiling else get_forward_context().attn_metadata
+        if metadata is not None:
+            batch = batch_of(metadata[self.together[0].prefix])
+            if batch.num_decodes == count and self.fits(xs, params):
+                self.begin(batch)
+                return self.kernel.step(self.states, batch, xs, params)
         results = [xs[0].new_empty((count, *shape), dtype=d) for shape, d in self.results]
-        if torch.compiler.is_compiling():
+        if is_compiling:
             torch.ops.vllm.funcmodels_recurrent(xs, params, results, self.prefix)
         else:
             self.run(xs, params, results)
@@ -193,16 +201,14 @@ class Recurrent(nn.Module, MambaBase):
         if batch.num_tokens < count:  # the engine fills some batches up
             for result in results:
                 result[batch.num_tokens :].zero_()
-        if batch.new:
-            for cache, (_, _, init) in zip(self.states, self.state, strict=True):
-                cache[batch.new] = init
-        kernel = self.kernel
-        if kernel is not None and not kernel.fits(self.states, xs, params):
-            kernel = None
+        self.begin(batch)
+        kernel = self.kernel if self.fits(xs, params) else None
         if n := batch.num_decodes:
             given, out = (ts if n == count else [t[:n] for t in ts] for ts in (xs, results))
             if kernel is not None:
-                kernel.step(self.states, batch, given, params, out)
+                new = kernel.step(self.states, batch, given, params)
+                for result, y in zip(out, new, strict=True):
+                    result.copy_(y)
             else:
                 self.run_step(batch.decodes, given, params, out)
         if not batch.prompts:
@@ -215,6 +221,19 @@ class Recurrent(nn.Module, MambaBase):
                 self.run_chunks(batch.places[n + i : n + i + 1], first, last, xs, params, results)
         else:
             self.run_tokens(batch, xs, params, results)
+
+    def begin(self, batch: BatchedRequests) -> None:
+        """Give requests that have only begun the declared state."""
+        if batch.new:
+            for cache, (_, _, init) in zip(self.states, self.state, strict=True):
+                cache[batch.new] = init
+
+    def fits(self, xs: list[torch.Tensor], params: list[torch.Tensor]) -> bool:
+        """Whether the kernel takes such operands: their dtypes are always the same."""
+        if self.kernel_fits is None:
+            kernel = self.kernel
+            self.kernel_fits = kernel is not None and kernel.fits(self.states, xs, params)
+        return bool(self.kernel_fits)
 
     def run_step(
         self,
@@ -305,23 +324,22 @@ class ShortConvKernel:
         return narrow and weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
     @staticmethod
-    def step(caches: list, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
+    def step(caches: list, batch: BatchedRequests, xs: list, params: list) -> list[torch.Tensor]:
         (cache,), (x,), (weight, *bias) = caches, xs, params
         x, bias = x.contiguous(), bias[0] if bias else None
         # What the fast one wants to be laid out anew takes 30 us, whatever the size.
-        if not ShortConvKernel.is_fast(weight) or x.numel() <= 8192:
+        if x.numel() <= 8192 or not ShortConvKernel.is_fast(weight):
             places = batch.decodes_int32
             y = _custom_ops.causal_conv1d_update_cpu_vec(
                 x, cache.transpose(1, 2), weight.contiguous(), bias, None, places, None, -1
             )
-            results[0].copy_(y)
-            return
+            return [y]
         states, weight, rows = ShortConvKernel.widened(cache[batch.decodes], weight)
         y = _custom_ops.causal_conv1d_update_cpu(
             x, states.transpose(1, 2), weight, bias, False, rows, False
         )
-        results[0].copy_(y)
         cache[batch.decodes] = states[:, -cache.shape[1] :]
+        return [y]
 
     @staticmethod
     def prefill(
@@ -376,8 +394,9 @@ class StateSpaceKernel:
         return known and wide and B.dtype == C.dtype == x.dtype
 
     @staticmethod
-    def step(caches: list, batch: BatchedRequests, xs: list, params: list, results: list) -> None:
+    def step(caches: list, batch: BatchedRequests, xs: list, params: list) -> list[torch.Tensor]:
         (cache,), (x, dt, B, C), (A, *D) = caches, xs, params
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         _custom_ops.selective_state_update_cpu(
             cache,
             x.contiguous(),
@@ -392,10 +411,11 @@ class StateSpaceKernel:
             batch.decodes_int32,
             None,
             -1,
-            results[0],
+            y,
             None,
             None,
         )
+        return [y]
 
     @staticmethod
     def prefill(
@@ -407,11 +427,11 @@ class StateSpaceKernel:
         _custom_ops.mamba_chunk_scan_fwd_cpu(
             results[0],
             states,
-            x,
+            x.contiguous(),
             dt.contiguous(),
             A.contiguous(),
-            B,
-            C,
+            B.contiguous(),
+            C.contiguous(),
             D[0].contiguous() if D else None,
             None,
             batch.begins,
@@ -437,17 +457,19 @@ class DeltaRuleKernel:
 
     @classmethod
     def step(
-        cls, caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
-    ) -> None:
+        cls, caches: tuple, batch: BatchedRequests, xs: list, params: list
+    ) -> list[torch.Tensor]:
         starts = torch.arange(batch.num_decodes + 1, dtype=torch.int32)
-        cls.run(caches[0], batch.decodes_int32, starts, xs, results[0])
+        y = cls.run(caches[0], batch.decodes_int32, starts, xs)
+        return [y.mul_(xs[0].shape[-1] ** 0.5)]
 
     @classmethod
     def prefill(
         cls, caches: tuple, batch: BatchedRequests, xs: list, params: list, results: list
     ) -> None:
         places = batch.places[batch.num_decodes :].int()
-        cls.run(caches[0], places, batch.begins, xs, results[0])
+        y = cls.run(caches[0], places, batch.begins, xs)
+        torch.mul(y, xs[0].shape[-1] ** 0.5, out=results[0])
 
     @classmethod
     def run(
@@ -456,13 +478,12 @@ class DeltaRuleKernel:
         places: torch.Tensor,
         starts: torch.Tensor,
         xs: list,
-        result: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         q, k, v, g, beta = (x.contiguous()[None] for x in xs)
         y, _ = _custom_ops.chunk_gated_delta_rule_cpu(
             q, k, v, g, beta, cache, True, starts, False, cls.unit, places, 1e-6
         )
-        torch.mul(y[0], q.shape[-1] ** 0.5, out=result)
+        return y[0]
 
 
 class UnitDeltaRuleKernel(DeltaRuleKernel):

@@ -937,6 +937,21 @@ def own_block_loader(dim: int, units: int):
     return load
 
 
+def computed_loader(
+    compute: Callable, dtype: torch.dtype, *, dim: int | None = None, units: int = 1
+) -> Callable:
+    """Loads what is computed of a parameter, element by element, or of a rank's block of it.
+
+    One copy, of as many elements as are kept: the engine counts them to know when all is loaded.
+    """
+
+    def load(param: torch.Tensor, weight: torch.Tensor) -> None:
+        own = weight if dim is None else own_block(weight, dim=dim, units=units)
+        param.data.copy_(compute(own.to(dtype)).reshape(param.shape))
+
+    return load
+
+
 def whole_of_blocks(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
     """The whole of a value that is cut into blocks, of which several ranks may hold one."""
     ranks = get_tensor_model_parallel_world_size()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import operator
 
 from torch import fx
 
 from compiler.emit import expressions
+from compiler.emit.computed import Computed
 from compiler.emit.layers import BUILDERS
 from compiler.emit.scope import Module, Scope
 from compiler.emit.text import call
-from compiler.ir import Block, LocalSize, TensorType, tensor_type
+from compiler.ir import MODEL_DTYPE, Block, LocalSize, TensorType, tensor_type
 from compiler.modules import Placed, is_given
-from compiler.placement import Shard
+from compiler.placement import Placement, Shard
 from compiler.rewrite import is_call
+from funcmodels.spec import Param
 
 
 def emit_block(module: Module, block: Block, placed: Placed) -> list[str]:
@@ -94,29 +97,66 @@ def parents(attr: str, made: list[str]) -> list[str]:
 
 
 def _bare(scope: Scope, name: str, attr: str) -> list[str]:
-    """A parameter that plain torch reads."""
+    """A parameter that plain torch reads, or what is computed of it."""
     param = scope.block.params[name]
     node = next(n for n in scope.block.graph.nodes if n.op == "get_attr" and n.target == name)
     at = node.meta["placement"]
     for used in ("torch", "nn"):
         scope.module.use(used)
-    sizes = [scope.module.size(a, n) for a, n in zip(param.axes, param.shape, strict=True)]
-    if isinstance(at, Shard):
-        inner = param.shape[at.dim] // at.units
-        sizes[at.dim] = scope.local_size(LocalSize(at.units, inner, at.axis, "tp"))
-    dtype = [] if param.dtype is None else [f"dtype={param.dtype}"]
-    empty = f"torch.empty({', '.join([*sizes, *dtype]) or '()'})"
-    lines = [f"        self.{attr} = nn.Parameter({empty}, requires_grad=False)"]
-    if isinstance(at, Shard):
+    computed = scope.computed.get(name)
+    kept = node if computed is None else computed.value
+    cut, shape, dtype = kept.meta["placement"], _whole_shape(kept), param.dtype
+    sizes = [str(n) for n in shape]
+    if shape == param.shape:
+        sizes = [scope.module.size(a, n) for a, n in zip(param.axes, shape, strict=True)]
+    if isinstance(cut, Shard):
+        inner = shape[cut.dim] // cut.units
+        sizes[cut.dim] = scope.local_size(LocalSize(cut.units, inner, cut.axis, "tp"))
+    loader = None
+    if computed is not None:
+        own = tensor_type(kept).dtype
+        dtype = None if own == MODEL_DTYPE else own
+        loader = _computed_loader(scope, computed, param, at)
+    elif isinstance(at, Shard):
         if scope.module.exact.divides(at.axis, at.units):
             loader = f"{scope.module.use('sharded_weight_loader')}({at.dim})"
         else:  # one block may lie on several ranks
             loader = f"{scope.module.help('own_block_loader')}({at.dim}, {at.units})"
+    typed = [] if dtype is None else [f"dtype={dtype}"]
+    empty = f"torch.empty({', '.join([*sizes, *typed]) or '()'})"
+    lines = [f"        self.{attr} = nn.Parameter({empty}, requires_grad=False)"]
+    if loader is not None:
         lines.append(
             f"        {scope.module.use('set_weight_attrs')}(self.{attr}, "
             f'{{"weight_loader": {loader}}})'
         )
     return lines
+
+
+def _whole_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a value that has no size known only when running."""
+    shape = tensor_type(node).shape
+    assert all(isinstance(n, int) for n in shape), f"{node} has tokens"
+    return tuple(int(n) for n in shape)  # type: ignore[arg-type]
+
+
+def _computed_loader(scope: Scope, computed: Computed, param: Param, at: Placement) -> str:
+    """What loads a parameter of which only what is computed of it is kept."""
+    inner = Scope(scope.module, scope.block, Placed(), local=scope.local)
+    text = inner.names[computed.param] = "x"
+    for node in computed.chain:
+        if node in computed.operations:
+            is_atom = isinstance(ast.parse(text, mode="eval").body, (ast.Call, ast.Name))
+            x = text if is_atom else f"({text})"
+            inner.names |= dict.fromkeys(node.all_input_nodes, x)
+            text = expressions.expression(inner, node)
+        inner.names[node] = text
+    arguments = [f"lambda x: {text}"]
+    scope.needs_dtype |= param.dtype is None
+    arguments.append("self.dtype" if param.dtype is None else str(param.dtype))
+    if isinstance(at, Shard):
+        arguments += [f"dim={at.dim}", f"units={scope.module.size(at.axis, at.units)}"]
+    return f"{scope.module.help('computed_loader')}({', '.join(arguments)})"
 
 
 def symbol_lines(scope: Scope, source: fx.Node | None = None) -> list[str]:
@@ -131,7 +171,7 @@ def statements(scope: Scope, nodes: list[fx.Node], indent: int) -> list[str]:
     """The lines that compute some nodes, in order."""
     lines: list[str] = []
     for node in nodes:
-        if node.op in ("placeholder", "get_attr") or is_part(node):
+        if node.op in ("placeholder", "get_attr") or is_part(node) or node in scope.loaded:
             continue
         lines += statement(scope, node, indent)
     return lines

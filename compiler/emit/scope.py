@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from compiler.emit.computed import computed_parameters
 from compiler.emit.helpers import helpers
 from compiler.emit.text import literal
 from compiler.ir import Block, LocalSize, Sym
@@ -166,6 +167,10 @@ class Scope:
         for node, i in self.order.items():
             for used in node.all_input_nodes:
                 self._last[used] = i
+        self.computed = computed_parameters(self.block, self.placed.bare)
+        for name, computed in self.computed.items():
+            self.names[computed.value] = f"self.{self.placed.bare[name]}"
+        self.loaded = {node for each in self.computed.values() for node in each.chain}
 
     def local_size(self, size: LocalSize) -> str:
         """`self.local_heads * 64`."""
@@ -205,7 +210,7 @@ class Scope:
     def value(self, arg: Any) -> str:
         """An argument's source text."""
         if isinstance(arg, fx.Node):
-            if arg.op == "get_attr":
+            if arg.op == "get_attr" and arg not in self.names:
                 return f"self.{self.placed.bare[str(arg.target)]}"
             return self.names[arg]
         if isinstance(arg, LocalSize):

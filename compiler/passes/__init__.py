@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from compiler import collectives, layers
 from compiler.ir import Program
+from compiler.passes.cancel_casts import cancel_casts
 from compiler.passes.cancel_reshapes import cancel_reshapes
 from compiler.passes.cut_parameters import cut_parameters
 from compiler.passes.drop_gradients import drop_gradients
@@ -23,6 +25,7 @@ from compiler.passes.lower_experts import lower_experts
 from compiler.passes.lower_latent_attention import lower_latent_attention
 from compiler.passes.lower_linear import lower_linear
 from compiler.passes.lower_vocab import lower_vocab
+from compiler.passes.merge_parts import merge_parts
 from compiler.passes.silu_and_mul import silu_and_mul
 from compiler.recurrence import recurrence
 from compiler.rewrite import ProgramPass, on_blocks
@@ -35,6 +38,7 @@ PIPELINE: tuple[ProgramPass, ...] = (
     on_blocks(drop_gradients, torch.detach, *collectives.ALL),
     on_blocks(cut_parameters, collectives.take_block),
     on_blocks(drop_step_gradients, recurrence),
+    on_blocks(cancel_casts, Tensor.to),
     on_blocks(lower_linear, torch.einsum, torch.matmul, F.linear),
     on_blocks(lower_experts, ops.experts, experts_of_rank),
     on_blocks(lower_latent_attention, ops.latent_attention),
@@ -42,6 +46,7 @@ PIPELINE: tuple[ProgramPass, ...] = (
     on_blocks(silu_and_mul, torch.mul),
     on_blocks(fuse_gate_up, ops.swiglu, ops.geglu),
     on_blocks(fuse_qkv, ops.attention),
+    on_blocks(merge_parts, layers.linear),
     on_blocks(flatten_heads, ops.rope, ops.attention),
     on_blocks(cancel_reshapes, torch.reshape),
     on_blocks(lower_vocab, vocab_embed, ops.unembed),

@@ -6,10 +6,10 @@ recurrence of one decay a head, with groups of heads that share B and C; a norm 
 silu(z); the residual sum in float32 or not; tied or untied embeddings.
 Paper: Mamba-2, arXiv:2405.21060.
 
-`in_proj` and `conv1d` of a checkpoint hold z, x, B, C and dt one after the other. Each is a
-parameter of its own here, and x, B and C have each a convolution and its state: so a rank has whole
-groups with their heads, or some heads of a group that all ranks have the B and C of. Several groups
-that the ranks do not divide are refused.
+`in_proj` and `conv1d` of a checkpoint hold z, x, B, C and dt one after the other. Here each is a
+parameter of its own, but for B and C, which are one; x has a convolution with its state, and they
+have another. So a rank has whole groups with their heads, or some heads of a group that all ranks
+have the B and C of. Several groups that the ranks do not divide are refused.
 
 The norm is over each group of heads, as in the authors' mamba_ssm, of which Codestral is, and in
 vLLM; `transformers` takes it over all heads, which is the same with one group alone.
@@ -87,6 +87,7 @@ class Mixer:
             "blocks": self.blocks,
             "block_heads": self.heads // self.blocks,
             "block_channels": self.inner // self.blocks,
+            "pair": 2,
             "state": self.state,
             "width": self.width,
         }
@@ -168,10 +169,13 @@ def mixer_params(P: Any, sizes: Mixer, at: str) -> dict[str, Any]:
         P: declares over `sizes.axes` and `hidden`.
     """
     channels, heads = "blocks block_channels", "blocks block_heads"
-    shared = "blocks state" if sizes.groups > 1 else "state"
-    axes = {"z": channels, "x": channels, "b": shared, "c": shared, "dt": heads}
-    projected = _rows(sizes, axes)
-    convolved = _rows(sizes, {name: axes[name] for name in "xbc"})
+    # As they are cut, and as they are stored: all of B, then all of C.
+    shared, stored = "pair state", "pair state"
+    if sizes.groups > 1:
+        shared, stored = "blocks pair state", "pair blocks state"
+    axes = {"z": channels, "x": channels, "bc": shared, "dt": heads}
+    projected = _rows(sizes, {**axes, "bc": stored})
+    convolved = _rows(sizes, {"x": channels, "bc": stored})
     zeros = functools.partial(P, init="zeros")
     weights = {
         name: P(f"{axes[name]} hidden", hf=f"{at}.in_proj.weight: {rows} hidden")
@@ -230,7 +234,7 @@ def mix(p: Any, x: Tensor, segment_ids: Tensor | None, sizes: Mixer) -> Tensor:
     if sizes.time_step_limit != (0.0, math.inf):
         dt = dt.clamp(*sizes.time_step_limit)
     # float32 from here to the norm, as in transformers; the engine's kernel wants one dtype of all.
-    u, b, c = (
+    u, bc = (
         F.silu(
             ops.short_conv(
                 _project(p, x, name),
@@ -239,14 +243,15 @@ def mix(p: Any, x: Tensor, segment_ids: Tensor | None, sizes: Mixer) -> Tensor:
                 segment_ids=segment_ids,
             )
         ).float()
-        for name in "xbc"
+        for name in ("x", "bc")
     )
+    b, c = bc.unflatten(-1, (sizes.groups, 2, sizes.state)).unbind(-2)
     y = ops.ssd(
         u.unflatten(-1, (sizes.heads, sizes.head_dim)),
         dt,
         -p["A_log"].float().flatten().exp(),
-        b.unflatten(-1, (sizes.groups, sizes.state)),
-        c.unflatten(-1, (sizes.groups, sizes.state)),
+        b,  # (*batch, seq, groups, state)
+        c,
         D=p["D"].float().flatten(),
         segment_ids=segment_ids,
     )  # (*batch, seq, heads, head_dim)

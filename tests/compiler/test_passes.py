@@ -126,6 +126,19 @@ def routed(p, x, positions):
 
 
 @fm.block
+def casts(p, x, positions):
+    y = F.linear(x.to(x.dtype), p["up"]).float()
+    return x + F.linear(y.exp().float().to(x.dtype), p["down"])
+
+
+@fm.block
+def parted(p, x, positions):
+    z, x_, dt = (einsum(x, p[name], "... e, m e -> ... m") for name in ("z", "x", "dt"))
+    y = F.linear(z.sigmoid() * x_ + p["z_bias"], p["down"])
+    return y + F.linear(dt.tanh(), p["out"])
+
+
+@fm.block
 def recurs(p, x, positions):
     def step(state, v):
         return {"S": state["S"] + v.detach()}, state["S"]
@@ -148,6 +161,15 @@ LATENT = {
     "kv_up": UP("heads up hidden"),
     "o": UP("hidden heads v"),
 }
+PARTS = fm.axes(mlp=16, heads=4, hidden=HIDDEN)
+PARTED = {
+    "z": PARTS("mlp hidden", hf="{layers}.in_proj.weight: mlp[0:16/36] hidden"),
+    "x": PARTS("mlp hidden", hf="{layers}.in_proj.weight: mlp[16:32/36] hidden"),
+    "dt": PARTS("heads hidden", hf="{layers}.in_proj.weight: heads[32:36/36] hidden"),
+    "z_bias": PARTS("mlp"),
+    "down": PARTS("hidden mlp"),
+    "out": PARTS("hidden heads"),
+}
 GATED = {"gate": P("mlp hidden"), "up": P("mlp hidden"), "down": P("hidden mlp")}
 MIX = fm.axes(experts=4, mlp=12, hidden=HIDDEN)
 ROUTED = {
@@ -161,6 +183,8 @@ BIASED = {**GATED, "gate_bias": P("mlp"), "bias": P("hidden"), "norm": P("hidden
 SHOWN: dict[str, tuple[Any, dict[str, fm.Param], str]] = {
     "drop_gradients": (gated, GATED, "gated"),
     "drop_step_gradients": (recurs, {"v": QKVO["v"]}, "recurs"),
+    "cancel_casts": (casts, GATED, "casts"),
+    "merge_parts": (parted, PARTED, "parted"),
     "cut_parameters": (
         norms_heads,
         {"q": QKVO["q"], "o": QKVO["o"], "norm": P("heads_dim")},

@@ -4,6 +4,7 @@ Each guard and oracle was seen to fail without what it guards.
 """
 
 import multiprocessing
+import re
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.engine.tiny import (
     tiny_llama,
     weights_of,
 )
+from tests.models.zoo import rows
 
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
 
@@ -93,6 +95,30 @@ def test_serves_the_pushed_weights(name, tp, compiled, folders):
     assert [answer[2].num_cached_tokens for answer in served] == [64, 0, 0]
     for answers, wanted in zip(served, [expected(model, weights), *want], strict=True):
         check(answers, wanted)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_kept_of_a_parameter_is_computed_anew(tp, tmp_path):
+    """Of Mamba-2's A_log the engine keeps -exp(A_log), and of each vector the one in float32."""
+    row = rows()["mamba2"]
+    model = row.model("one group")
+    weights = row.weights(model)
+    fm.save(model, weights, tmp_path)
+    new = fm.tree.map(lambda x: x + 0.3 * torch.randn_like(x), weights)
+
+    def run():
+        source = register(model).source
+        llm = make_llm(tmp_path, tp=tp, **row.settings)
+        served = [generate(llm, PROMPTS)]
+        fm.push_weights(llm, new)
+        return source, [*served, generate(llm, PROMPTS)]
+
+    source, served = run_in_engine(run)
+    assert "computed_loader(lambda x: -torch.exp(x.to(torch.float32))" in re.sub(
+        r"\(\s+", "(", source
+    )
+    for answers, wanted in zip(served, [weights, new], strict=True):
+        check(answers, expected(model, wanted))
 
 
 @pytest.mark.slow

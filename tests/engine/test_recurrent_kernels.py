@@ -116,7 +116,7 @@ def error_of(
     n = batch.num_decodes
     assert kernel.fits((cache,), xs, params)
     result = torch.full_like(xs[0], float("nan"))
-    kernel.step((cache,), batch, [x[:n] for x in xs], params, [result[:n]])
+    (result[:n],) = kernel.step((cache,), batch, [x[:n] for x in xs], params)
     kernel.prefill((cache,), batch, [x[n:] for x in xs], params, [result[n:]])
 
     wide = [x.double() for x in xs]

@@ -74,14 +74,19 @@ def saved_row(name, folder):
     return model, weights
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_adapters_of_fused_matrices(tp, tmp_path):
-    """Queries, keys and values in one piece each: the layer is changed as a whole."""
-    model, weights = saved_row("phi3", tmp_path)
-    merged = write_adapter(tmp_path / "a", model, weights, r"qkv_proj|gate_up_proj|o_proj")
+# Of phi3 queries, keys and values; of LFM2 the two gates and the input of a convolution.
+FUSED = {"phi3": r"qkv_proj|gate_up_proj|o_proj", "lfm2": r"in_proj|out_proj"}
+
+
+@pytest.mark.parametrize(("name", "tp"), [("phi3", 1), ("phi3", 2), ("lfm2", 1), ("lfm2", 2)])
+def test_adapters_of_fused_matrices(name, tp, tmp_path):
+    """Matrices in one piece each: the layer is changed as a whole."""
+    model, weights = saved_row(name, tmp_path)
+    merged = write_adapter(tmp_path / "a", model, weights, FUSED[name])
     want = [*expected(model, merged), *expected(model, weights)]
     adapters = [tmp_path / "a"] * len(PROMPTS) + [None] * len(PROMPTS)
-    check(serve_adapters(model, tmp_path, PROMPTS * 2, adapters, tp=tp), want)
+    settings = rows()[name].settings
+    check(serve_adapters(model, tmp_path, PROMPTS * 2, adapters, tp=tp, **settings), want)
 
 
 def test_adapters_of_matrices_in_turns_are_refused(tmp_path):
