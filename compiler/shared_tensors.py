@@ -10,6 +10,7 @@ layer that is made of all of them is named as the checkpoint names their tensor:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -72,8 +73,14 @@ def numbered(tensor: str, index: int) -> str:
 
 
 def place_in_tensor(param: Param) -> tuple[str, int] | None:
-    """The tensor that a parameter is a part of, and a number that orders its parts; or None."""
+    """The tensor that a parameter is a part of, and a number that orders its parts; or None.
+
+    None too where the tensor has its elements in another order.
+    """
     template, _, layout = str(param.hf or "").partition(":")
+    stored = re.findall(r"[A-Za-z_]\w*", without_parts(layout)) or list(param.axes)
+    if stored != [axis for axis in param.axes if f"{{{axis}}}" not in template]:
+        return None
     name, mark, index = template.strip().partition(MARK)
     if mark:
         number, dot, kind = index.partition(".")

@@ -7,9 +7,10 @@ silu(z); the residual sum in float32 or not; tied or untied embeddings.
 Paper: Mamba-2, arXiv:2405.21060.
 
 `in_proj` and `conv1d` of a checkpoint hold z, x, B, C and dt one after the other. Here each is a
-parameter of its own, but for B and C, which are one; x has a convolution with its state, and they
-have another. So a rank has whole groups with their heads, or some heads of a group that all ranks
-have the B and C of. Several groups that the ranks do not divide are refused.
+parameter of its own, but for B and C of one group, which are one. Each of x, B and C, or the two
+together, has a convolution and its state. So a rank has whole groups with their heads, or some
+heads of a group that all ranks have the B and C of. Several groups that the ranks do not divide are
+refused.
 
 The norm is over each group of heads, as in the authors' mamba_ssm, of which Codestral is, and in
 vLLM; `transformers` takes it over all heads, which is the same with one group alone.
@@ -169,13 +170,12 @@ def mixer_params(P: Any, sizes: Mixer, at: str) -> dict[str, Any]:
         P: declares over `sizes.axes` and `hidden`.
     """
     channels, heads = "blocks block_channels", "blocks block_heads"
-    # As they are cut, and as they are stored: all of B, then all of C.
-    shared, stored = "pair state", "pair state"
-    if sizes.groups > 1:
-        shared, stored = "blocks pair state", "pair blocks state"
-    axes = {"z": channels, "x": channels, "bc": shared, "dt": heads}
-    projected = _rows(sizes, {**axes, "bc": stored})
-    convolved = _rows(sizes, {"x": channels, "bc": stored})
+    shared = {"bc": "pair state"}
+    if sizes.groups > 1:  # all of B is stored before all of C, and each is cut
+        shared = dict.fromkeys("bc", "blocks state")
+    axes = {"z": channels, "x": channels, **shared, "dt": heads}
+    projected = _rows(sizes, axes)
+    convolved = _rows(sizes, {"x": channels, **shared})
     zeros = functools.partial(P, init="zeros")
     weights = {
         name: P(f"{axes[name]} hidden", hf=f"{at}.in_proj.weight: {rows} hidden")
@@ -234,7 +234,7 @@ def mix(p: Any, x: Tensor, segment_ids: Tensor | None, sizes: Mixer) -> Tensor:
     if sizes.time_step_limit != (0.0, math.inf):
         dt = dt.clamp(*sizes.time_step_limit)
     # float32 from here to the norm, as in transformers; the engine's kernel wants one dtype of all.
-    u, bc = (
+    u, *bc = (
         F.silu(
             ops.short_conv(
                 _project(p, x, name),
@@ -243,15 +243,15 @@ def mix(p: Any, x: Tensor, segment_ids: Tensor | None, sizes: Mixer) -> Tensor:
                 segment_ids=segment_ids,
             )
         ).float()
-        for name in ("x", "bc")
+        for name in ("x", *(["bc"] if sizes.groups == 1 else "bc"))
     )
-    b, c = bc.unflatten(-1, (sizes.groups, 2, sizes.state)).unbind(-2)
+    b, c = bc if sizes.groups > 1 else bc[0].chunk(2, dim=-1)
     y = ops.ssd(
         u.unflatten(-1, (sizes.heads, sizes.head_dim)),
         dt,
         -p["A_log"].float().flatten().exp(),
-        b,  # (*batch, seq, groups, state)
-        c,
+        b.unflatten(-1, (sizes.groups, sizes.state)),
+        c.unflatten(-1, (sizes.groups, sizes.state)),
         D=p["D"].float().flatten(),
         segment_ids=segment_ids,
     )  # (*batch, seq, heads, head_dim)
