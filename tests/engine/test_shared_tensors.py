@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import funcmodels as fm
 from funcmodels.parts import stored_tensors_of
 from tests.engine.harness import serve
+from tests.engine.processor import is_near, need_kernel
 from tests.engine.test_lora import serve_adapters
 from tests.engine.test_quantised import SCHEMES, difference
 from tests.engine.test_traps import vllms_layers
@@ -124,6 +125,7 @@ def quantised(model, weights, folder, scheme, left=None):
 
 @pytest.mark.parametrize(("scheme", "tp"), [("int8", 1), ("int8", 2), ("w4a16", 2)])
 def test_quantised_fused_matrices(scheme, tp, tmp_path):
+    need_kernel(scheme)
     model, weights = saved_row("phi3", tmp_path)
     dtype = "bfloat16" if scheme == "w4a16" else "float32"
     if dtype == "bfloat16":
@@ -134,7 +136,7 @@ def test_quantised_fused_matrices(scheme, tp, tmp_path):
     options = {"prompt_logprobs": True, "tp": tp, "dtype": dtype}
     assert ours == serve(tmp_path, PROMPTS, arch="Phi3ForCausalLM", **options)
     rounded, not_rounded = (difference(ours, model, w) for w in (meant, weights))
-    assert rounded < min(0.1, 0.9 * not_rounded)
+    assert not is_near(scheme) or rounded < min(0.1, 0.9 * not_rounded)
 
 
 def own(name, folder, **options):

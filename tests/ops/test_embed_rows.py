@@ -98,7 +98,7 @@ def test_no_table_beside_the_gradient():
 
 
 def test_a_compiled_loss_is_one_graph_for_all_steps():
-    """New weights in each step, as an optimiser gives: a table of its own was a graph of its own."""
+    """New weights in each step, as an optimiser gives: each table was a graph of its own."""
     compiled = torch.compile(LOSSES["tied"], backend="aot_eager", fullgraph=True)
     for step in range(3):
         given = fm.tree.map(lambda w, step=step: w + step, weights())
