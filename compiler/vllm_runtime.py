@@ -425,7 +425,7 @@ class Stage:
         """What this stage receives, by name."""
         found = {}
         for name, value in self.received_values.items():
-            x = tensors[name]
+            x = tensors.tensors[name]
             if value.dim is not None:
                 width = x.shape[value.dim] // get_tensor_model_parallel_world_size()
                 x = x.narrow(value.dim, get_tensor_model_parallel_rank() * width, width)
@@ -436,7 +436,9 @@ class Stage:
         """Of all values those that the next stage receives."""
         found = {}
         for name, value in self.sent_values.items():
-            x = values[name].contiguous()
+            x = values[name]
+            assert x is not None, f"{name} is sent before it is made"
+            x = x.contiguous()
             found[name] = x if value.dim is None else tensor_model_parallel_all_gather(x, value.dim)
         return IntermediateTensors(found)
 
