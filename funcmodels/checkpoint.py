@@ -21,7 +21,7 @@ from torch import Tensor
 
 from funcmodels import tree
 from funcmodels.atomic import recover, replacing
-from funcmodels.checkpoint_check import check_tensors, check_weights
+from funcmodels.checkpoint_check import check_not_quantised, check_tensors, check_weights
 from funcmodels.checkpoint_files import DTYPES, INDEX, SINGLE, Stored, stored_tensors
 from funcmodels.config_json import config_json
 from funcmodels.errors import CheckpointError
@@ -61,10 +61,11 @@ def load(
         A pytree of tensors with the structure of `model.params`.
     Raises:
         CheckpointError: no safetensors, or tensors that are missing, unused, or of another shape
-            or type: all of them in one error, before anything is allocated.
+            or type: all of them in one error, before anything is allocated. Or quantised ones.
     """
     folder = Path(folder)
     recover(folder)
+    check_not_quantised(folder)
     stored = _as_declared(model, stored_tensors(folder))
     check_tensors(model, stored, folder)
 

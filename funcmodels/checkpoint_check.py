@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,25 @@ from funcmodels.checkpoint_files import DTYPES, Stored
 from funcmodels.errors import MAX_NAMES, CheckpointError
 from funcmodels.spec import Model
 from funcmodels.weightmap import TensorMap
+
+
+def check_not_quantised(folder: Path) -> None:
+    """Refuse a folder whose tensors stand for weights that they are not.
+
+    Raises:
+        CheckpointError: its config.json says that they are quantised.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if (quantization := config.get("quantization_config")) is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    raise CheckpointError(
+        f"{folder} holds quantised weights",
+        got=f"quantization_config of method {method!r}",
+        need="floating-point weights; the engine serves the folder as it is",
+        fix="load the checkpoint that it was quantised from, or one that was dequantised",
+    )
 
 
 def check_tensors(model: Model, stored: Mapping[str, Stored], folder: Path) -> None:

@@ -534,3 +534,17 @@ def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r'"lm_head\.weight" is not the tensor') as error:
         fm.load(model, tmp_path / "out")
     assert '"tie_word_embeddings": false' in str(error.value.lines["fix"])
+
+
+def test_a_quantised_folder_is_a_model_and_has_no_weights_to_load(tmp_path):
+    """The function is the same, and served as it is; what fm.save writes is not quantised."""
+    plain = tiny()
+    fm.save(plain, fm.init(plain, seed=0), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    model = fm.load_model(tmp_path)
+    assert "quantization_config" not in model.hf_config
+    assert model.tensor_maps.keys() == plain.tensor_maps.keys()
+    with pytest.raises(fm.errors.CheckpointError, match=r"method 'mxfp4'\n.*the engine serves"):
+        fm.load(model, tmp_path)

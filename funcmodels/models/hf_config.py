@@ -33,6 +33,9 @@ INERT = frozenset(
     """.split()  # noqa: SIM905 (a list of 60 lines reads worse)
 )
 
+# How the folder's tensors are stored: no part of the function, and the engine's affair.
+QUANTISED = "quantization_config"
+
 # The fields of each rotary scaling: those it needs, and those it may have.
 _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -99,11 +102,15 @@ class ZooConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """The config that a `config.json` describes; the mapping is kept as `hf`.
 
+        A quantised checkpoint's describes the same function, which the engine computes from that
+        folder; it is kept without its `quantization_config`, since `fm.save` writes other tensors.
+
         Raises:
             ConfigError: a field this model does not know, a value it does not support, or a size
                 that is missing.
         """
         model = f"models.{cls.__module__.rpartition('.')[2]}"
+        hf = {key: value for key, value in hf.items() if key != QUANTISED}
         own = {f.name: f for f in dataclasses.fields(cls) if f.name != "hf"}
         only = {"model_type": (cls.MODEL_TYPE,), **cls.ONLY}
         rope = _ROPE if "rope_theta" in own else ()
@@ -231,22 +238,10 @@ def check_fields(hf: Mapping[str, Any], *, model: str, known: Iterable[str]) -> 
         ConfigError: an unknown field that is set to something.
     """
     known = [*known]
-    if hf.get("quantization_config") is not None:
-        quantization = hf["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise ConfigError(
-            f"{model} does not read quantised checkpoints",
-            got=f"quantization_config of method {method!r}",
-            need="floating-point weights",
-            fix="load the checkpoint that it was quantised from",
-        )
     unknown = [
         key
         for key, value in hf.items()
-        if key not in INERT
-        and key not in known
-        and key != "quantization_config"
-        and value is not None
+        if key not in INERT and key not in known and key != QUANTISED and value is not None
     ]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)

@@ -11,9 +11,7 @@ from funcmodels.models import llama
 
 def unquantised(hf_config: Any, parallel: fm.ParallelContext) -> fm.Model:
     """The Llama of a quantised folder: how weights are stored is the engine's affair."""
-    config = hf_config.to_dict()
-    config.pop("quantization_config", None)
-    return llama.model(llama.Config.from_hf(config))
+    return llama.model(llama.Config.from_hf(hf_config.to_dict()))
 
 
 def other_theta(hf_config: Any, parallel: fm.ParallelContext) -> fm.Model:

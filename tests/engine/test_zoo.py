@@ -120,7 +120,7 @@ def run_all(row: Row, folders: dict[str, tuple[fm.Model, Path]]) -> Answers:
         todo["adapter"] = todo[""]
     if not row.no_int8:
         int8 = folder.with_name(f"{folder.name}int8")
-        todo["int8"] = lambda: (int8, with_vllms_layers(row.model(**row.no_choice)))
+        todo["int8"] = lambda: (int8, with_vllms_layers(fm.load_model(int8)))
         todo["int8 vllm"] = lambda: (int8, own_class(row))
     answers: Answers = {}
     for run, prepare in todo.items():

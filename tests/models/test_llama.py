@@ -219,10 +219,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "model type": ({"model_type": "mistral"}, r"need: +'llama'"),
     "pretraining_tp": ({"pretraining_tp": 2}, r"does not support this pretraining_tp"),
     "dropout": ({"attention_dropout": 0.1}, r"does not support this attention_dropout"),
-    "quantised": (
-        {"quantization_config": {"quant_method": "fp8"}},
-        r"quantization_config of method 'fp8'\n.*\n +fix: +load the checkpoint that it was",
-    ),
     "missing size": ({"hidden_size": None}, r"need: +hidden_size"),
     "groups": ({"num_key_value_heads": 3}, r"num_key_value_heads divides num_attention_heads"),
     "odd heads": ({"head_dim": 7}, r"need: +an even head_dim"),

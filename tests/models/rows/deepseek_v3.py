@@ -56,6 +56,12 @@ PUBLISHED = {
             "num_hidden_layers": 61,
             "num_key_value_heads": 128,
             "num_nextn_predict_layers": 1,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            },
             "q_lora_rank": 1536,
             "rms_norm_eps": 1e-06,
             "rope_scaling": {

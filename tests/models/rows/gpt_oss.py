@@ -37,7 +37,7 @@ HF: dict[str, Any] = {
 
 # Source: as copied in sgl-project/ome, pkg/hfutil/modelconfig/testdata.
 def published(layers: int, experts: int, parameters: int) -> Published:
-    """Both sizes differ in these alone; `quantization_config` is left out."""
+    """Both sizes differ in these alone."""
     config = {
         "model_type": "gpt_oss",
         "attention_bias": True,
@@ -56,6 +56,15 @@ def published(layers: int, experts: int, parameters: int) -> Published:
         "num_key_value_heads": 8,
         "num_local_experts": experts,
         "output_router_logits": False,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
         "rms_norm_eps": 1e-05,
         "rope_scaling": YARN | {"factor": 32.0, "original_max_position_embeddings": 4096},
         "rope_theta": 150000,
