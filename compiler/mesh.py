@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from compiler.comm import Processes
 from compiler.placement import Placement, Shard
 from funcmodels.errors import ShardingError
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from funcmodels.spec import Model
 
 DIMS = ("dp", "fsdp", "tp")
@@ -95,14 +94,31 @@ def cut_of(shape: tuple[int, ...], parts: int) -> Cut | None:
     return Cut(dim, shape[dim], parts)
 
 
+def _as_mesh(given: object) -> str:
+    """The call that makes a mesh of what was perhaps meant: {"tp": 2}, or 2 processes."""
+    sizes, names = (2,), ("dp",)
+    if isinstance(given, dict) and given and set(given) <= set(DIMS):
+        sizes, names = tuple(given.values()), tuple(given)
+    elif isinstance(given, int):
+        sizes = (given,)
+    return f"init_device_mesh(device, {sizes}, mesh_dim_names={names})"
+
+
 class Ranks:
     """The ranks of this process along each dim of a mesh; None where a dim has one rank or is none.
 
     Raises:
-        ShardingError: the mesh has a dim that is not known.
+        ShardingError: it is no DeviceMesh, or has a dim that is not known.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
+        if not isinstance(mesh, DeviceMesh):
+            raise ShardingError(
+                "compile_to_torch was given a mesh that is no DeviceMesh",
+                got=f"mesh={mesh!r}",
+                need="a torch.distributed DeviceMesh with named dims, or None",
+                fix=f"mesh = {_as_mesh(mesh)}",
+            )
         names = mesh.mesh_dim_names or ()
         unknown = [name for name in names if name not in DIMS]
         if unknown or not names:

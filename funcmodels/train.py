@@ -19,6 +19,7 @@ from funcmodels.gradients import accumulate, grad_and_value
 from funcmodels.precision import cast
 from funcmodels.spec import Model
 from funcmodels.stop import on_signals
+from funcmodels.train_check import check_arguments, check_batch, check_evaluation
 from funcmodels.train_data import Data, Source, num_tokens, to_device
 from funcmodels.train_job import on_mesh, one_process
 from funcmodels.train_log import Log
@@ -105,9 +106,24 @@ def fit(
         NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
             the first block. The weights were not touched by that step.
         CheckpointError: the newest checkpoint is of another model or optimiser.
-        TrainingError: an optimiser of your own that cannot work on parts of parameters; processes
-            that start with other weights, or with other batches where they share the layers.
+        TrainingError: an argument that cannot work, see `funcmodels/train_check.py`; an optimiser
+            of your own that cannot work on parts of parameters; processes that start with other
+            weights, or with other batches where they share the layers.
+        ShapeError: a weight has another shape than its parameter.
     """
+    check_arguments(
+        model,
+        weights,
+        data,
+        optimizer,
+        default_loss=loss is None,
+        clip=clip,
+        evaluate=evaluate,
+        steps=steps,
+        microbatches=microbatches,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+    )
     weights = tree.map(lambda w: w.detach() if donate else w.detach().clone(), weights)
     done = Fitted(weights, optimizer.init(weights))
     device = tree.leaves(weights)[0].device
@@ -141,7 +157,10 @@ def fit(
     saved = done.step
     with said, on_signals() as stop:
         while done.step < steps and not stop.agreed():
-            place, batch = source.position, to_device(source.next(), device)
+            place, batch = source.position, source.next()
+            if loss is None:
+                check_batch(batch, place)
+            batch = to_device(batch, device)
             if not done.losses:
                 job.agree(done.weights, batch)
             drawn = torch.get_rng_state()
@@ -163,7 +182,8 @@ def fit(
             done.losses.append(value)
             said.step(done.step, loss=value, grad_norm=norm, tokens=num_tokens(batch) * job.batches)
             if evaluate is not None and (done.step % evaluate_every == 0 or done.step == steps):
-                said.row("evaluation", done.step, **evaluate(done.weights))
+                found = check_evaluation(evaluate(done.weights))
+                said.row("evaluation", done.step, **found)
                 said.not_training()
             if keeper is not None and done.step % save_every == 0:
                 save(keeper, job, done, source)
