@@ -442,8 +442,7 @@ class Inventory:
         found: dict[tuple[str, str], list[_Instance]] = {}
         name = str(param.target)
         for at in self.instances[block.name]:
-            module = f"{at.module}.{attr}" if at.module else attr
-            found.setdefault((folded(at.names[name]), folded(module)), []).append(at)
+            found.setdefault((folded(at.names[name]), folded(_of(at, attr))), []).append(at)
         for (path, module), at in found.items():
             held = [s for i in at for s in self._held(block, node, i)]
             yield self._parameter(
@@ -455,6 +454,7 @@ class Inventory:
                 path=path,
                 paths=tuple(i.names[name] for i in at),
                 module=module,
+                modules=tuple(_of(i, attr) for i in at),
                 part=part,
                 lora=layer is not None and self._is_adapted(at[0].names[name]),
                 quantisable=layer is not None and node.target in (layers.linear, layers.experts),
@@ -477,6 +477,7 @@ class Inventory:
         path: str,
         paths: tuple[str, ...],
         module: str,
+        modules: tuple[str, ...],
         part: str,
         lora: bool,
         quantisable: bool,
@@ -503,6 +504,7 @@ class Inventory:
             replicas=max(1, tp // at.units) if isinstance(at, Shard) else tp,
             layer=layer.constructor if layer else "nn.Parameter",
             module=module,
+            modules=modules,
             part=part,
             is_quantisable=quantisable and weight,
             is_lora_target=lora and weight,
@@ -513,6 +515,11 @@ class Inventory:
 
 _ROOTS = ("forward", "compute_logits")
 _PLAIN = (int, float, str, bool, type(None))
+
+
+def _of(at: _Instance, attr: str) -> str:
+    """A module's parameter in full."""
+    return f"{at.module}.{attr}" if at.module else attr
 
 
 def folded(path: str) -> str:

@@ -29,6 +29,8 @@ class Parameter:
             of ranks where it is not cut.
         layer: vLLM's class that holds it, or "nn.Parameter" where plain torch reads it.
         module: the module's parameter, with `*` for indices: "model.layers.*.attn.qkv.weight".
+        modules: each one of them in full, as `paths`: a parameter that several layers share is in
+            the module of each, whatever its own index is.
         part: which part of a fused module it is: "q", "0", or "" for all of it.
         is_quantisable: whether vLLM's schemes for linear layers apply to it.
         is_lora_target: whether an adapter can name it.
@@ -49,6 +51,7 @@ class Parameter:
     replicas: int
     layer: str
     module: str
+    modules: tuple[str, ...]
     part: str
     is_quantisable: bool
     is_lora_target: bool

@@ -11,13 +11,14 @@ from einops import einsum
 
 import funcmodels as fm
 from funcmodels import ops
+from tests.engine.processor import bfloat16_tolerance
 from tests.engine.tiny import check, distance, expected, serve_model, weights_of
 
 P = fm.axes(vocab=256, hidden=128, heads=4, head_dim=32, mlp=128)
 FLOAT32 = torch.float32
 SHARDING = {"vocab": "tp", "heads": "tp", "mlp": "tp"}
 # Of log probabilities: what the branches add to the residual sum is rounded to bfloat16.
-TOLERANCE = 2e-3
+TOLERANCE = bfloat16_tolerance(2e-3)
 
 
 def layer() -> dict[str, fm.Param]:
@@ -99,10 +100,15 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_dtype_that_is_not_held_is_seen(fault, wide):
     model, folder, want = wide
-    served = serve_model(
-        model, folder, dtype="bfloat16", edit=lambda source: source.replace(*FAULTS[fault])
-    )
-    assert distance(served, want) > 2 * TOLERANCE
+    try:
+        served = serve_model(
+            model, folder, dtype="bfloat16", edit=lambda source: source.replace(*FAULTS[fault])
+        )
+    except RuntimeError as error:  # without oneDNN's bfloat16, torch multiplies, and sees a table
+        is_seen = "same dtype" in str(error)
+    else:
+        is_seen = distance(served, want) > 2 * TOLERANCE
+    assert is_seen
 
 
 def test_prompts_as_embeddings_are_refused(wide):

@@ -72,9 +72,7 @@ def modules_of(found: Explanation) -> dict[str, int]:
     """Bytes of each module's parameter on a rank, those of a layer one by one."""
     sizes: dict[str, int] = {}
     for p in found.parameters:
-        for path in p.paths:
-            indices = iter(part for part in path.split(".") if part.isdigit())
-            name = ".".join(next(indices) if part == "*" else part for part in p.module.split("."))
+        for name in p.modules:
             sizes[name] = sizes.get(name, 0) + p.bytes
     return sizes
 
