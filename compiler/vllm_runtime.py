@@ -23,6 +23,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -852,6 +853,25 @@ def warn_length(vllm_config: VllmConfig, limit: int, rope_type: str) -> None:
             rope_type,
             limit,
             limit,
+        )
+
+
+def warn_int8(model: nn.Module) -> None:
+    """Say where products of int8 are wrong: without VNNI, their sums are cut off at 16 bits."""
+    scheme = {name: getattr(module, "scheme", None) for name, module in model.named_modules()}
+    kernel = {name: getattr(found, "kernel", None) for name, found in scheme.items()}
+    layers = [n for n, k in kernel.items() if isinstance(k, CPUInt8ScaledMMLinearKernel)]
+    has = torch.cpu.get_capabilities()
+    vnni = has.get("avx512_vnni", False) or has.get("avx_vnni", False)
+    if layers and has["architecture"] == "x86_64" and not vnni:
+        init_logger(__name__).warning_once(
+            "int8 on a processor without VNNI: vLLM's kernel cuts sums of products off at 16 bits, "
+            "in its own classes too, and results are wrong\n"
+            "  got:  %d layers, as %s\n"
+            "  need: avx512_vnni or avx_vnni among the flags of /proc/cpuinfo\n"
+            "  fix:  serve on such a processor, or a checkpoint in float8",
+            len(layers),
+            layers[0],
         )
 
 

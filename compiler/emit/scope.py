@@ -42,6 +42,7 @@ IMPORTS = {
     "tensor_model_parallel_all_reduce": "vllm.distributed",
     "get_forward_context": "vllm.forward_context",
     "init_logger": "vllm.logger",
+    "CPUInt8ScaledMMLinearKernel": f"{_ROOT}.kernels.linear",
     "GeluAndMul": f"{_ROOT}.layers.activation",
     "SiluAndMul": f"{_ROOT}.layers.activation",
     "Attention": f"{_ROOT}.layers.attention",

@@ -64,6 +64,7 @@ class ServedLines(Whole):
             ),
             *(pooling.constructor_lines(m, self.model) if pools else self.head_constructor()),
             *self.make_empty(),
+            f"        {m.help('warn_int8')}(self)",
             "",
             "    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:",
             *self.embed_call(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 HAS_AVX512 = torch.cpu._is_avx512_supported()
-HAS_VNNI = torch.cpu._is_vnni_supported()
+HAS_VNNI = torch.cpu._is_vnni_supported() or torch.cpu.get_capabilities().get("avx_vnni", False)
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 OF_AVX512 = ("w4a16", "gptq", "awq", "float8 cache")
 

@@ -5,6 +5,7 @@ activations, and of sums in bfloat16.
 """
 
 import json
+import logging
 import re
 
 import pytest
@@ -184,6 +185,42 @@ def test_equals_vllms_own_class(scheme, tp, tmp_path):
     theirs = serve(tmp_path, PROMPTS, arch="LlamaForCausalLM", prompt_logprobs=True, **options)
     assert ours == theirs
     check_near(scheme, ours, model, meant, weights)
+
+
+def test_wrong_products_are_warned_of(monkeypatch, tmp_path):
+    """Of int8 on a processor without VNNI, once and not in each layer; of float8, nothing."""
+    model = tiny_llama()
+    weights = saved(model, tmp_path / "plain")
+    for scheme in ("int8", "float8"):
+        quantised(model, weights, tmp_path / scheme, scheme)
+    vnni = {"architecture": "x86_64", "avx512_vnni": False, "avx_vnni": True}
+    none = vnni | {"avx_vnni": False}
+    arm = none | {"architecture": "arm64"}
+
+    def run():
+        said = []
+        handler = logging.Handler(logging.WARNING)
+        monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+        logging.getLogger().addHandler(handler)
+        register(model)
+        counts = []
+        for has, folder in (
+            (vnni, "int8"),
+            (arm, "int8"),
+            (none, "plain"),
+            (none, "float8"),
+            (none, "int8"),
+        ):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+            make_llm(tmp_path / folder)
+            counts.append(len([text for text in said if "VNNI" in text]))
+        return counts, said
+
+    counts, said = run_in_engine(run)
+    assert counts == [0, 0, 0, 0, 1], said
+    (text,) = [text for text in said if "VNNI" in text]
+    assert re.search(r"\n  got: +8 layers, as model\.layers\.0\.self_attn\.qkv_proj\n", text), text
+    assert re.search(r"\n  fix: +.* float8", text)
 
 
 @pytest.mark.parametrize("options", [{"compiled": "trace"}, STAGES], ids=["compiled", "stages"])
