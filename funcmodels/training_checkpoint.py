@@ -67,7 +67,7 @@ class Checkpoints:
             if match := _STEP.fullmatch(path.name):
                 if storage.contents_of(path) is not None:
                     found.append(int(match[1]))
-                else:
+                elif path.exists():  # else a run beside us has just deleted it
                     # Renamed only when whole, so somebody else has cut it: a copy, a full disk.
                     warnings.warn(f"{path} is not whole, and is passed over", stacklevel=2)
         return sorted(found)

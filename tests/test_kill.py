@@ -1,102 +1,62 @@
 """kill -9 at random moments of a run that saves all the time: it always goes on, bit for bit.
 
-Five kills by default; FUNCMODELS_KILLS=50 for the number that the promise is about.
+Six kills by default, one a phase; FUNCMODELS_KILLS=50 for the number that the promise is about.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-import funcmodels as fm
 from tests.distributed.ranks import forkserver
-from tests.tiny_llama import tiny
+from tests.kills import PHASES, STEPS, Run, train
 
-KILLS = int(os.environ.get("FUNCMODELS_KILLS", "5"))
-STEPS = 60 + 20 * KILLS  # enough that no run reaches the end between two kills
-
-
-def batch(number: int) -> dict[str, Tensor]:
-    """Drawn from torch's own generator too, which must be resumed for the curve to be the same."""
-    tokens = (torch.randint(0, 16, (2, 1)) + number + torch.arange(9)) % 16
-    return fm.pack(list(tokens), 9)
+KILLS = int(os.environ.get("FUNCMODELS_KILLS", "6"))
 
 
-def run(folder: Path) -> None:
-    """One life of the training process: from the newest checkpoint towards the end."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = tiny(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4)
-    fm.fit(
-        model,
-        fm.init(model, seed=0),
-        batch,
-        steps=STEPS,
-        optimizer=fm.optim.adamw(fm.optim.cosine(0.01, total=STEPS)),
-        clip=1.0,
-        checkpoints=fm.Checkpoints(folder / "checkpoints", keep=2),
-        save_every=3,
-        log=folder / "log.jsonl",
-        progress=False,
-    )
-
-
-def curve(folder: Path) -> list[tuple[int, float, float]]:
-    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "step"]
+def start(folder: Path) -> list[Any]:
+    life = forkserver().Process(target=train, args=(folder,))
+    life.start()
+    return [life]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("error:.*is not whole")
 def test_kill_at_random_moments(tmp_path):
-    context = forkserver()
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    whole = context.Process(target=run, args=(tmp_path / "whole",))
-    whole.start()
-    whole.join()
-    assert whole.exitcode == 0
+    whole = Run(tmp_path / "whole", start)
+    whole.finish()
+    assert [step for step, _, _ in whole.curve()] == list(range(1, STEPS + 1))
 
-    moments, steps, left = random.Random(0), [], set()
-    checkpoints = fm.Checkpoints(tmp_path / "killed" / "checkpoints")
-    for _ in range(KILLS):
-        life = context.Process(target=run, args=(tmp_path / "killed",))
-        begun = checkpoints.latest() or 0
-        life.start()
-        # Not before it trains, or the kills would all hit the start of Python.
-        deadline = time.monotonic() + 60
-        while (checkpoints.latest() or 0) <= begun and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.1))
-        os.kill(life.pid, signal.SIGKILL)
+    moments = random.Random(0)
+    aims = [PHASES[i % len(PHASES)] for i in range(KILLS)]
+    moments.shuffle(aims)
+    runs, hit, from_, left = [Run(tmp_path / "killed-0", start)], Counter(), [], Counter()
+    for aim in aims:
+        run = runs[-1]
+        [life] = run.live()
+        run.await_moment(aim, moments, [life])
+        life.kill()  # SIGKILL
         life.join()
-        assert life.exitcode == -signal.SIGKILL, "the run ended before it was killed"
-        steps.append(checkpoints.latest())
-        left |= {path.name.split(".")[-1] for path in checkpoints.folder.glob(".*")}
-    assert steps == sorted(steps)
-    assert len(set(steps)) == KILLS  # each life went on from where the last had come to
-    print(f"{KILLS} kills at steps {steps}; half-written things that were left: {left or 'none'}")
+        assert life.exitcode in (-signal.SIGKILL, 0)  # 0: it had just come to its end by itself
+        hit[run.phase()] += 1
+        run.check_resumed()
+        from_.append(run.newest)
+        left.update(path.suffix for path in run.checkpoints.folder.glob(".*"))
+        if run.done:
+            runs.append(Run(tmp_path / f"killed-{len(runs)}", start))
+    print(f"\n{KILLS} kills in {len(runs)} runs: {dict(hit)}")
+    print(f"lives began at steps {from_}; half-written things after a kill: {dict(left)}")
 
-    last = context.Process(target=run, args=(tmp_path / "killed",))
-    last.start()
-    last.join()
-    assert last.exitcode == 0
-    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
-    assert len(curve(tmp_path / "whole")) == STEPS
-    for file in ("whole", "killed"):
-        assert fm.Checkpoints(tmp_path / file / "checkpoints").latest() == STEPS
-    model = tiny(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4)
-    one, other = (
-        fm.Checkpoints(tmp_path / file / "checkpoints").load_weights(model)
-        for file in ("whole", "killed")
-    )
-    fm.tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), one, other)
-    assert not list(checkpoints.folder.glob(".*"))  # what was half-written is gone
+    for run in runs:
+        run.finish()
+        assert run.curve() == whole.curve()
+        assert all((w == whole.weights()[path]).all() for path, w in run.weights().items())
+    if 5 * len(PHASES) <= KILLS:
+        assert set(hit) == set(PHASES)
