@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funcmodels.optim.arguments import NOT_NEGATIVE, check_betas, check_number
 from funcmodels.optim.masks import Mask
 from funcmodels.optim.optimizer import Hyper, Optimizer, optimizer_of
 from funcmodels.optim.schedules import Schedule
@@ -33,8 +34,12 @@ def adamw(
         state_dtype: of m and v; None means that of each weight.
     Returns:
         An optimiser that equals `torch.optim.AdamW(fused=True)` bit for bit.
+    Raises:
+        TrainingError: an argument is out of its range.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
+    check_betas("adamw", betas, (0.9, 0.999))
+    check_number("adamw", "eps", eps, NOT_NEGATIVE, fix="eps=1e-8")
     b1, b2 = betas
 
     def rule(
@@ -73,6 +78,7 @@ def adamw(
         )
 
     return optimizer_of(
+        "adamw",
         ("m", "v"),
         rule,
         kernel,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funcmodels.optim.arguments import check_betas
 from funcmodels.optim.masks import Mask
 from funcmodels.optim.optimizer import Hyper, Optimizer, optimizer_of
 from funcmodels.optim.schedules import Schedule
@@ -29,8 +30,11 @@ def lion(
         lr: about a tenth of AdamW's, with ten times its weight decay.
         decay: the parameters that `weight_decay` is for; None means all.
         state_dtype: of m; None means that of each weight. The authors use bfloat16.
+    Raises:
+        TrainingError: an argument is out of its range.
     Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
     """
+    check_betas("lion", betas, (0.9, 0.99))
     b1, b2 = betas
 
     def rule(
@@ -56,6 +60,7 @@ def lion(
         torch._foreach_lerp_(states[0], gs, 1 - b2)
 
     return optimizer_of(
+        "lion",
         ("m",),
         rule,
         kernel,

@@ -14,6 +14,7 @@ from einops import parse_shape, rearrange
 from torch import Tensor
 
 from funcmodels.errors import TrainingError
+from funcmodels.optim.arguments import SHARE, SOME_STEPS, check_number, check_optimizer
 from funcmodels.optim.masks import Mask, matches
 from funcmodels.optim.optimizer import Hyper, Optimizer, is_transformed, optimizer_of
 from funcmodels.optim.partition import partition
@@ -24,6 +25,7 @@ from funcmodels.spec import Model
 # Coefficients of the quintic iteration, chosen by its author for their slope at zero.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
+ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
 def muon(
@@ -57,10 +59,21 @@ def muon(
     Returns:
         An optimiser that equals `torch.optim.Muon` bit for bit on float32 matrices on one device.
     Raises:
-        TrainingError: a pattern whose right side has fewer than two dims.
+        TrainingError: an argument is out of its range; a pattern whose right side
+            has fewer than two dims.
     Source: Jordan 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al.
         2025, arXiv:2502.16982.
     """
+    check_number("muon", "momentum", momentum, SHARE, fix="momentum=0.95")
+    check_number("muon", "steps", steps, SOME_STEPS)
+    check_optimizer("muon: rest", rest)
+    if adjust not in ADJUSTMENTS:
+        raise TrainingError(
+            "fm.optim.muon: adjust is unknown",
+            got=f"adjust={adjust!r}",
+            need=" or ".join(map(repr, ADJUSTMENTS)),
+            fix=f"adjust={ADJUSTMENTS[0]!r}",
+        )
     for path, pattern in matrices.items():
         _check(path, pattern)
 
@@ -100,6 +113,7 @@ def muon(
             w.add_(direction, alpha=-float(rate))
 
     hidden = optimizer_of(
+        "muon",
         ("m",),
         rule,
         kernel,

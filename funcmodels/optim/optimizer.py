@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from funcmodels import tree
 from funcmodels.errors import TrainingError
+from funcmodels.optim.arguments import NOT_NEGATIVE, RATE, check_number, check_state_dtype
 from funcmodels.optim.masks import Mask, Matching, all_paths, check_mask
 from funcmodels.optim.schedules import Schedule
 
@@ -86,6 +87,7 @@ class Kernel(Protocol):
 
 
 def optimizer_of(
+    what: str,
     slots: tuple[str, ...],
     rule: Rule,
     kernel: Kernel,
@@ -100,12 +102,17 @@ def optimizer_of(
     """An optimiser whose state is the step and, for each slot, a tree like the weights, of zeros.
 
     Args:
+        what: its name in `fm.optim`.
         decay: the parameters that `weight_decay` is for; None means all.
         state_dtype: of the state; None means that of each weight. A step is computed in the wider
             of the two, and rounded when it is stored.
+    Raises:
+        TrainingError: an argument is out of its range.
     """
-
-    _check_numbers(lr, weight_decay)
+    if not callable(lr):
+        check_number(what, "lr", lr, RATE)
+    check_number(what, "weight_decay", weight_decay, NOT_NEGATIVE)
+    check_state_dtype(what, state_dtype)
     check_mask(decay)
 
     def init(weights: Any) -> dict[str, Any]:
@@ -255,18 +262,6 @@ def _rate(lr: float | Schedule, step: Tensor) -> float | Tensor:
         torch.compiler.is_compiling() or is_fake(rate) or is_transformed(rate)
     )
     return float(rate) if known else rate
-
-
-def _check_numbers(lr: float | Schedule, weight_decay: float) -> None:
-    """They are no less than zero, and numbers."""
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not callable(value) and not value >= 0:
-            raise TrainingError(
-                f"an optimiser's {name} is out of range",
-                got=f"{name}={value}",
-                need="a number, 0 or more" + ", or a schedule" * (name == "lr"),
-                fix=f"{name}={abs(value) if value == value else 3e-4}",
-            )
 
 
 def _check(grads: Any, state: Any, weights: Any, slots: tuple[str, ...]) -> None:

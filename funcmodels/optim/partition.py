@@ -7,6 +7,7 @@ from typing import Any
 
 from funcmodels import tree
 from funcmodels.errors import TrainingError, listed
+from funcmodels.optim.arguments import check_optimizer
 from funcmodels.optim.masks import all_paths, matches, part_of, refuse_unmatched
 from funcmodels.optim.optimizer import Optimizer
 
@@ -19,9 +20,11 @@ def partition(parts: Mapping[str, Optimizer]) -> Optimizer:
     Its state is a list: the state of each optimiser, in their order, over {path: tensor}.
 
     Raises:
-        TrainingError: when the state is made, a parameter that no pattern matches; or a pattern
-            but "*" that is the first to match of none.
+        TrainingError: a value that is no optimiser; when the state is made, a parameter that no
+            pattern matches, or a pattern but "*" that is the first to match of none.
     """
+    for pattern, optimizer in parts.items():
+        check_optimizer(f"partition: {pattern!r}", optimizer)
     optimizers = list(dict.fromkeys(parts.values()))
     index_of = {pattern: optimizers.index(optimizer) for pattern, optimizer in parts.items()}
 

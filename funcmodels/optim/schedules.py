@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from funcmodels.errors import TrainingError
+from funcmodels.optim.arguments import NOT_NEGATIVE, SOME_STEPS, STEPS, check_number
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def constant(peak: float, *, warmup: int = 0) -> Schedule:
     """`peak`, after a linear warm-up."""
+    check_number("constant", "peak", peak, NOT_NEGATIVE)
+    check_number("constant", "warmup", warmup, STEPS, _as_steps(warmup, None))
     return lambda step: peak * _rise(_float(step), warmup)
 
 
 def linear(peak: float, *, total: int, warmup: int = 0, final: float = 0.0) -> Schedule:
     """A linear warm-up, then a line to `final` at step `total`."""
-    _check(total, warmup)
+    _check("linear", peak, final, total, warmup=warmup)
 
     def rate(step: Tensor) -> Tensor:
         t = _float(step)
@@ -40,7 +43,7 @@ def cosine(peak: float, *, total: int, warmup: int = 0, final: float = 0.0) -> S
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts.
     """
-    _check(total, warmup)
+    _check("cosine", peak, final, total, warmup=warmup)
 
     def rate(step: Tensor) -> Tensor:
         t = _float(step)
@@ -55,7 +58,7 @@ def wsd(peak: float, *, total: int, warmup: int = 0, decay: int, final: float = 
 
     Source: Hu et al. 2024, arXiv:2404.06395.
     """
-    _check(total, warmup + decay)
+    _check("wsd", peak, final, total, warmup=warmup, decay=decay)
 
     def rate(step: Tensor) -> Tensor:
         t = _float(step)
@@ -79,11 +82,28 @@ def _share(step: Tensor, start: int, end: int) -> Tensor:
     return ((step - start) / max(end - start, 1)).clamp(0.0, 1.0)
 
 
-def _check(total: int, used: int) -> None:
+def _check(what: str, peak: float, final: float, total: int, **parts: int) -> None:
+    """Rates are no less than zero, and the parts' steps no more than all."""
+    check_number(what, "peak", peak, NOT_NEGATIVE)
+    check_number(what, "final", final, NOT_NEGATIVE)
+    check_number(what, "total", total, SOME_STEPS)
+    for name, steps in parts.items():
+        check_number(what, name, steps, STEPS, _as_steps(steps, total, name))
+    used = sum(parts.values())
     if used > total:
         raise TrainingError(
-            "a schedule is shorter than its parts",
-            got=f"total={total}, and {used} steps of warm-up and decay",
+            f"fm.optim.{what}: a schedule is shorter than its parts",
+            got=f"total={total}, and {used} steps of {' and '.join(parts)}",
             need="total of at least their sum",
             fix=f"total={used}",
         )
+
+
+def _as_steps(value: Any, total: int | None, name: str = "warmup") -> str | None:
+    """A fix for who gave a share of all steps: other libraries take one."""
+    if isinstance(value, float) and 0 < value < 1:
+        steps = (
+            f"{name}=round({value} * total)" if total is None else f"{name}={round(value * total)}"
+        )
+        return f"{steps}, if {value} was meant as a share of all steps"
+    return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcmodels.errors import TrainingError
+from funcmodels.optim.arguments import SHARE, check_number
 from funcmodels.optim.masks import Mask
 from funcmodels.optim.optimizer import Hyper, Optimizer, optimizer_of
 from funcmodels.optim.schedules import Schedule
@@ -36,9 +37,10 @@ def sgd(
     Returns:
         An optimiser that equals `torch.optim.SGD(fused=True)` bit for bit.
     Raises:
-        TrainingError: Nesterov's momentum without momentum.
+        TrainingError: an argument is out of its range; Nesterov's momentum without momentum.
     Source: Sutskever et al. 2013, as in `torch.optim.SGD`, without dampening.
     """
+    check_number("sgd", "momentum", momentum, SHARE)
     if nesterov and momentum == 0:
         raise TrainingError(
             "Nesterov's momentum needs a momentum",
@@ -76,6 +78,7 @@ def sgd(
         )
 
     return optimizer_of(
+        "sgd",
         ("m",) if momentum else (),
         rule,
         kernel,

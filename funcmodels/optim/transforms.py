@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from funcmodels import tree
+from funcmodels.errors import TrainingError
+from funcmodels.optim.arguments import POSITIVE, check_number, check_optimizer
 from funcmodels.optim.optimizer import Optimizer, is_transformed
 from funcmodels.optim.parts import parts
 
@@ -25,8 +27,21 @@ def chain(*links: Any) -> Optimizer:
     """Transforms of the gradients in their order, and then an optimiser, which is the last.
 
     fm.optim.chain(fm.optim.clip_by_global_norm(1.0), fm.optim.adamw(3e-4))
+
+    Raises:
+        TrainingError: the last is no optimiser, or one before it no transform.
     """
-    *transforms, optimizer = links
+    transforms = links[:-1]
+    optimizer: Any = links[-1] if links else None
+    check_optimizer("chain: the last link", optimizer)
+    for link in transforms:
+        if not callable(link) or isinstance(link, type):
+            raise TrainingError(
+                "fm.optim.chain: a link before the last is no transform",
+                got=getattr(link, "__name__", type(link).__name__),
+                need="functions: gradients -> gradients, and then one optimiser",
+                fix="fm.optim.chain(fm.optim.clip_by_global_norm(1.0), fm.optim.adamw(3e-4))",
+            )
 
     def update(grads: Any, state: Any, weights: Any, *, donate: bool = False) -> tuple[Any, Any]:
         for transform in transforms:
@@ -43,7 +58,11 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     As `torch.nn.utils.clip_grad_norm_`, which see for the 1e-6. Where processes hold parts of
     parameters, see `fm.optim.sharded`.
+
+    Raises:
+        TrainingError: `max_norm` is not above 0; below it, gradients would be turned round.
     """
+    check_number("clip_by_global_norm", "max_norm", max_norm, POSITIVE)
     return Clip(max_norm)
 
 
@@ -73,7 +92,13 @@ def global_norm(grads: Any) -> Tensor:
 
 
 def scale_to_norm(grads: Any, norm: Tensor, max_norm: float, *, donate: bool = False) -> Any:
-    """Gradients of norm `norm`, scaled down to `max_norm` where that is less."""
+    """Gradients of norm `norm`, scaled down to `max_norm` where that is less.
+
+    Raises:
+        TrainingError: `max_norm` is not above 0.
+    """
+    if not torch.compiler.is_compiling():
+        check_number("scale_to_norm", "max_norm", max_norm, POSITIVE)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
     # Autograd may give one tensor to two parameters, which would be scaled twice in place.
