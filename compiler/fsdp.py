@@ -199,7 +199,7 @@ class Unit:
         if not _only_reverse():
             return self.plain(sizes, inputs, shards)
         every = functorch.peek_interpreter_stack() is not None
-        needs = [x.is_floating_point() and (every or x.requires_grad) for x in (*inputs, *shards)]
+        needs = [_has_gradient(x) and (every or x.requires_grad) for x in (*inputs, *shards)]
         call = _Call(self, run, sizes, len(inputs), needs, keeps=torch.is_grad_enabled())
         return _Forward.apply(call, *inputs, *shards, *[x.detach() for x in ahead])  # type: ignore[return-value]
 
@@ -212,6 +212,10 @@ class Unit:
         self, sizes: tuple[int, ...], inputs: Tensors, shards: Tensors
     ) -> tuple[Tensor, ...]:
         return self.fn(*sizes, *inputs, *self.gather(shards))
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _only_reverse() -> bool:
@@ -338,7 +342,7 @@ class _Forward(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(True)
         call.differentiates = any(ctx.needs_input_grad)
-        ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()])
+        ctx.mark_non_differentiable(*[x for x in output if not _has_gradient(x)])
         ctx.save_for_backward(*tensors[: len(call.needs)])
 
     @staticmethod
@@ -369,7 +373,7 @@ class _Backward(torch.autograd.Function):
         call, tensors = ctx.call, ctx.saved_tensors
         n = len(call.needs)
         own = list(itertools.compress(range(n), call.needs))
-        floating = [*own, *(i for i in range(n, len(tensors)) if tensors[i].is_floating_point())]
+        floating = [*own, *(i for i in range(n, len(tensors)) if _has_gradient(tensors[i]))]
 
         def first(*values: Tensor) -> Any:
             given = list(tensors)

@@ -96,6 +96,9 @@ _FUNCTIONAL = {F.sigmoid: torch.sigmoid, F.tanh: torch.tanh, F.relu: torch.relu}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Products of two tensors over dims of theirs -> which these are, where it is not said.
 _SUMMED: dict[str, Any] = {"tensordot": 2, "outer": 0, "ger": 0, "inner": ([-1], [-1])}
+# The dim along which they split, or put together what has it.
+_SPLITS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
+_STACKS = {"vstack": 0, "row_stack": 0, "column_stack": 1, "dstack": 2}
 _TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile", "flip"}
 _IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu", "cuda"}
 _DEVICE_READS = {
@@ -166,6 +169,11 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
         return Tensor.repeat, (args[0], (1,) * (args[0].ndim - len(times)) + times), {}
     if name == "hstack":
         return torch.cat, (args[0], min(args[0][0].ndim, 2) - 1), {}
+    if name in _STACKS and args[0][0].ndim > (dim := _STACKS[name]):
+        return torch.cat, (args[0], dim), {}
+    if name in _SPLITS:
+        (at,) = (*args[1:], *kwargs.values())
+        return torch.tensor_split, (args[0], at, min(_SPLITS[name], args[0].ndim - 1)), {}
     if name in _CASTS:
         return Tensor.to, (args[0], _CASTS[name]), {}
     if name in ("to", "type", "type_as"):
@@ -203,6 +211,19 @@ _ARGUMENTS = {
     "bmm": ("input", "mat2"),
     "addmm": ("input", "mat1", "mat2"),
     "baddbmm": ("input", "batch1", "batch2"),
+    "cdist": ("x1", "x2"),
+    "isin": ("elements", "test_elements"),
+    "searchsorted": ("sorted_sequence", "input"),
+    "group_norm": ("input", "num_groups", "weight", "bias"),
+    "select_scatter": ("input", "src"),
+    "slice_scatter": ("input", "src"),
+    "index_add": ("input", "dim", "index", "source"),
+    "index_copy": ("input", "dim", "index", "source"),
+    "index_reduce": ("input", "dim", "index", "source"),
+    "index_fill": ("input", "dim", "index", "value"),
+    "vstack": ("tensors",),
+    "dstack": ("tensors",),
+    "column_stack": ("tensors",),
 }
 
 

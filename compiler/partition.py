@@ -244,8 +244,9 @@ class _BlockPartitioner:
                 return self.env[old]
             to: Any = decision.inputs.get(old, at[old])
             new = self._as(old, to, node)
-            floating = tensor_type(old).dtype.is_floating_point
-            if cut and isinstance(to, Replicate) and floating:
+            dtype = tensor_type(old).dtype
+            has_gradient = dtype.is_floating_point or dtype.is_complex
+            if cut and isinstance(to, Replicate) and has_gradient:
                 return self._collective(new, collectives.vary, (), REPLICATE, node)
             return new
 

@@ -266,6 +266,26 @@ def not_of_dtype(func: Any, error: Exception) -> TraceError:
     )
 
 
+def of_no_dtype(func: Any, x: Any, out: Any) -> None:
+    """Refuse what depends on how wide the model's dtype is, or is not there for bfloat16."""
+    name = target_name(func)
+    kinds = [leaf.dtype for leaf in pytree.tree_leaves((x, out)) if isinstance(leaf, Tensor)]
+    if torch.complex32 in kinds:
+        raise TraceError(
+            f"{name} makes complex numbers of the model's dtype, and bfloat16 has none",
+            need="complex numbers of a dtype that you name",
+            from_=users_line(),
+            fix="x.float() before it, and .to(x.dtype) after torch.view_as_real",
+        )
+    if name == "Tensor.view" and MODEL_DTYPE in kinds and len(set(kinds)) > 1:
+        raise TraceError(
+            "the bits of the model's dtype are seen as another's: there may be 16 or 32 of them",
+            need="bits of a dtype that you name",
+            from_=users_line(),
+            fix="x.float().view(torch.int32)",
+        )
+
+
 def without_shapes(func: Any, error: Exception) -> TraceError:
     return TraceError(
         f"{target_name(func)} cannot be recorded: torch does not say what shape it gives",

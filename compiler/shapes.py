@@ -20,6 +20,11 @@ from compiler.rules import letters_of
 from funcmodels.ops import primitive
 
 _OPS = frozenset(primitive.ALL.values())
+_OF_NUMBERS = (
+    F.pad,
+    torch.complex,
+    torch.polar,
+)  # which for symbolic sizes torch fixes, or is slow
 Sizes = tuple[Any, ...]
 
 
@@ -29,7 +34,7 @@ def result_of(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     Raises what the function itself raises for shapes that do not fit.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if func in _OPS or func is F.pad:
+    if func in _OPS or func in _OF_NUMBERS:
         lead = next((s for t in tensors if (s := _leading(t.shape))), ())
         if all(_leading(t.shape) in (lead, ()) for t in tensors):
             return _run(func, args, kwargs, lambda shape: _replaced(shape, lead))

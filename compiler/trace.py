@@ -365,6 +365,7 @@ class _Tracer(TorchFunctionMode):
                 raise refuse.not_of_dtype(func, error) from error
             raise
         self._note_guards(func)
+        refuse.of_no_dtype(func, args[:1], out)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
             if is_users(sys._getframe(2).f_code.co_filename):  # not torch's own Python
                 return self._read(func, out)

@@ -11,6 +11,7 @@ from __future__ import annotations
 # Importing the files of rules registers them.
 from compiler.rules import (
     along_dim,
+    bits,
     convolution,
     elementwise,
     latent_attention,
@@ -22,6 +23,7 @@ from compiler.rules import (
     parts,
     products,
     shapes,
+    written,
 )
 from compiler.rules.decide import decide, gathered, is_cut
 from compiler.rules.local import (
@@ -47,6 +49,7 @@ __all__ = [
     "Steps",
     "View",
     "along_dim",
+    "bits",
     "convolution",
     "cross_entropy_over_ranks",
     "decide",
@@ -69,4 +72,5 @@ __all__ = [
     "share_of_mean",
     "vocab_embed",
     "widened",
+    "written",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from compiler.ir import LocalSize
-from compiler.placement import PARTIAL, REPLICATE, Shard
+from compiler.placement import PARTIAL, REPLICATE, Placement, Shard
 from compiler.rules.elementwise import elementwise
 from compiler.rules.local import share_of_mean
 from compiler.rules.rule import TOKENS, Decision, Exactly, View, dim_of, rule
@@ -144,6 +146,39 @@ def cosine_similarity(view: View) -> Decision | None:
         return None
     out = Shard(at.dim - (dim < at.dim), at.units, at.axis)
     return Decision(dict.fromkeys((x, y), at), out)
+
+
+@rule(F.group_norm)
+def group_norm(view: View) -> Decision | None:
+    """Over groups of the channels, dim 1, and all dims after it: cut between groups."""
+    x, groups = view.node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(groups, int)
+    at, channels = view.whole(x), view.type(x).shape[1]
+    inputs: dict[fx.Node, Placement] = {**dict.fromkeys(view.tensors, REPLICATE), x: at}
+    if not isinstance(at, Shard) or at.dim == 0:
+        return Decision(inputs, at)
+    of_weights = {n: p for n in view.tensors[1:] if isinstance(p := view.at(n), Shard)}
+    units = math.gcd(at.units, groups, *(p.units for p in of_weights.values()))
+    if at.dim > 1 or view.axis == TOKENS or units == 1 < at.units or not isinstance(channels, int):
+        return None
+    same = {at.units, *(p.units for p in of_weights.values())} == {units}
+    needs = [] if same else [Exactly(units, at.axis, f"it is of {groups} groups")]
+    own = LocalSize(units, groups // units, at.axis, view.axis)
+    inputs |= {n: of_weights.get(n, Shard(0, at.units, at.axis)) for n in view.tensors[1:]}
+    args = (x, own, *view.node.args[2:])
+    return Decision(inputs, Shard(1, units, at.axis), args, needs=needs)
+
+
+@rule(torch.avg_pool1d, F.max_pool1d, F.max_pool1d_with_indices, torch.adaptive_avg_pool1d,
+      F.adaptive_max_pool1d, F.adaptive_max_pool1d_with_indices, F.lp_pool1d)  # fmt: skip
+def pool(view: View) -> Decision | None:
+    """Of stretches of the last dim, which must be whole."""
+    (x,) = view.tensors
+    at = view.whole(x)
+    if isinstance(at, Shard) and at.dim == len(view.type(x).shape) - 1:
+        return None
+    types = view.node.meta["type"]
+    return Decision({x: at}, (at,) * len(types) if isinstance(types, tuple) else at)
 
 
 @rule(F.rms_norm, F.layer_norm)

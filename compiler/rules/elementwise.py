@@ -24,7 +24,7 @@ _UNARY = (
     torch.cosh, torch.erfc, torch.trunc, F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign,
     F.threshold, F.hardshrink, F.softshrink, F.tanhshrink, torch.asin, torch.acos, torch.asinh,
     torch.acosh, torch.atanh, torch.logit, torch.frac, torch.positive, torch.signbit, torch.sinc,
-    torch.erfinv, torch.sgn, torch.real, torch.imag,
+    torch.erfinv, torch.sgn, torch.real, torch.imag, torch.conj, torch.angle,
 )  # fmt: skip
 # Derivatives of activations, as torch.func.grad inside a model leaves them.
 _aten = torch.ops.aten
@@ -110,6 +110,38 @@ def bucketize(view: View) -> Decision | None:
     x, *boundaries = view.tensors
     at = view.whole(x)
     return Decision({x: at, **dict.fromkeys(boundaries, REPLICATE)}, at)
+
+
+@rule(torch.isin)
+def isin(view: View) -> Decision | None:
+    """Element by element, of a set that every rank has."""
+    x, members = view.node.args[:2]
+    inputs: dict[fx.Node, Placement] = dict.fromkeys(view.tensors, REPLICATE)
+    at = REPLICATE if x is members else view.whole(x)
+    if isinstance(x, fx.Node):
+        inputs[x] = at
+    return Decision(inputs, at)
+
+
+@rule(torch.searchsorted)
+def searchsorted(view: View) -> Decision | None:
+    """Element by element, in one row that every rank has, or each in the row of its place."""
+    row, x = view.node.args[:2]
+    assert isinstance(row, fx.Node)
+    inputs: dict[fx.Node, Placement] = dict.fromkeys(view.tensors, REPLICATE)
+    rank = len(view.type(row).shape)
+    at = REPLICATE if x is row and rank == 1 else view.whole(x)
+    if rank > 1 and not isinstance(at, Shard):
+        at = view.whole(row)
+        if isinstance(at, Shard) and at.dim == rank - 1:
+            return None
+    if x is row and isinstance(at, Shard) and at.dim == rank - 1:
+        return None
+    if isinstance(x, fx.Node):
+        inputs[x] = at
+    if rank > 1 and isinstance(at, Shard) and at.dim < rank - 1:
+        inputs |= {n: at for n in view.tensors if n is not x}
+    return Decision(inputs, at)
 
 
 @rule(torch.prelu)

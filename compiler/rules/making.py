@@ -58,7 +58,8 @@ def triangle(view: View) -> Decision | None:
     return Decision({x: at}, at)
 
 
-@rule(torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full)
+@rule(torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full,
+      Tensor.new_tensor)  # fmt: skip
 def constant(view: View) -> Decision | None:
     """The same on every rank; of its tensor only the dtype matters."""
     return Decision({n: view.at(n) for n in view.tensors}, by_tokens(view) or REPLICATE)

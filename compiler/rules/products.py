@@ -145,6 +145,19 @@ def addmm(view: View) -> Spelled:
     return Spelled(write)
 
 
+@rule(torch.cdist)
+def cdist(view: View) -> Decision | None:
+    """Distances between rows of x and rows of y, which must have all of their features."""
+    x, y = view.node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    batch = view.type(x).shape[:-2]
+    if view.type(y).shape[:-2] != batch:
+        return None
+    lead = [f"b{i}" for i in range(len(batch))]
+    found = contract(view, [x, y], [[*lead, "p", "k"], [*lead, "r", "k"]], [*lead, "p", "r"])
+    return None if isinstance(found.output, Partial) else found
+
+
 @rule(torch.linalg.solve_triangular)
 def solve(view: View) -> Decision | None:
     """A system of each batch by itself: cut where both sides are, or where the matrix is."""

@@ -606,6 +606,32 @@ def test_operations_that_are_not_for_halves(body):
     refused(body, "is not for half precision", r"x\.float\(\) before it", "return")
 
 
+def half_pairs(p, x, s):
+    return torch.view_as_complex(x.unflatten(-1, (8, 2))).abs().sum(-1, True) * x
+
+
+def half_polar(p, x, s):
+    return x * torch.polar(x, x).real
+
+
+@pytest.mark.parametrize("body", [half_pairs, half_polar])
+def test_complex_numbers_of_the_models_dtype(body):
+    refused(body, "bfloat16 has none", r"x\.float\(\) before it", "return")
+
+
+def bits(p, x, s):
+    return x * (x.view(torch.int16) > 3)
+
+
+def from_bits(p, x, s):
+    return x + (s[:, None].expand(x.shape) * 2).to(torch.int16).view(x.dtype)
+
+
+@pytest.mark.parametrize("body", [bits, from_bits])
+def test_bits_of_the_models_dtype(body):
+    refused(body, "there may be 16 or 32", r"x\.float\(\)\.view", "return")
+
+
 def test_an_operation_without_shapes():
     def quantised(p, x, s):
         return torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).to(x.dtype)
@@ -777,6 +803,14 @@ MIXES = {
     "sdpa": (attends, "scaled_dot_product_attention is not known to leave tokens apart"),
     "number of tokens": (lambda p, x, s: x * x.shape[0], "computes with the number of tokens"),
     "index in the batch": (index_of_tokens, "torch.arange computes with the number of tokens"),
+    "groups": (lambda p, x, s: F.group_norm(x[None], 1)[0], "F.group_norm makes tokens"),
+    "pool": (lambda p, x, s: F.avg_pool1d(x.T, 3, 1, 1).T, "torch.avg_pool1d makes tokens"),
+    "distances": (lambda p, x, s: x * torch.cdist(x, x).sum(-1, True), "torch.cdist makes tokens"),
+    "place": (lambda p, x, s: x * torch.searchsorted(s, s)[:, None], "torch.searchsorted makes"),
+    "set": (lambda p, x, s: x * torch.isin(s, s + 1)[:, None], "torch.isin makes tokens"),
+    "first": (lambda p, x, s: x.select_scatter(p["w"], 0, 0), "torch.select_scatter makes"),
+    "added": (lambda p, x, s: x.index_add(0, s, x), "torch.index_add makes tokens"),
+    "halves": (lambda p, x, s: torch.cat(x.vsplit([2])[::-1]), "torch.tensor_split makes tokens"),
     "scrambled": (lambda p, x, s: x.T.reshape(-1, 16), "torch.reshape makes tokens"),
 }
 
@@ -826,6 +860,14 @@ ALLOWED = {
     "sorted": lambda p, x, s: x.sort(-1).values * x.argmax(-1, keepdim=True),
     "gather": lambda p, x, s: x * x.gather(-1, s[:, None] % 16),
     "one hot": lambda p, x, s: x + F.one_hot(s % 16, 16).to(x.dtype),
+    "groups": lambda p, x, s: F.group_norm(x, 4, p["w"], p["w"]) * F.avg_pool1d(x, 4).sum(-1, True),
+    "rotation": lambda p, x, s: torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (8, 2)))
+        * torch.polar(torch.ones(8).double(), s[:, None] * p["w"][:8].double()).conj()).flatten(-2).to(x.dtype),
+    "distances": lambda p, x, s: x * torch.cdist(x, p["m"]).sum(-1, True) * torch.isin(s, torch.tensor([1, 3]))[:, None],
+    "places": lambda p, x, s: x * torch.searchsorted(torch.tensor([1, 3]), s)[:, None] * x.new_tensor([1.0, 2.0] * 8),
+    "written": lambda p, x, s: x.select_scatter(x[:, 3], 1, 0).slice_scatter(x[:, :2], 1, 2, 4)
+        .index_add(1, torch.tensor([0, 3]), x[:, 4:6]),
+    "signs": lambda p, x, s: torch.where(x.float().view(torch.int32) < 0, x, 2 * x) + torch.cat(x.hsplit(2)[::-1], 1),
     "constants": lambda p, x, s: x * torch.tensor([1.0, 2.0] * 8) + torch.arange(16),
     "positions": lambda p, x, s: torch.where((s > 2)[:, None], x, p["w"]) * s[:, None].to(x.dtype),
 }  # fmt: skip

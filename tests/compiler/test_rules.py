@@ -144,6 +144,11 @@ def integer(x: Tensor) -> Tensor:
     return (x * 4).to(torch.int64) % 7
 
 
+def paired(x: Tensor) -> Tensor:
+    """Pairs of the last dim as complex numbers."""
+    return torch.view_as_complex(x.double())
+
+
 def mixed(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, **settings: Any) -> Tensor:
     """Experts, two of 0, 3, 6 and 9 for each token."""
     weights, ids = torch.topk(torch.sin(x), 2, dim=-1)
@@ -396,6 +401,50 @@ ROWS = [
     row("prelu", lambda x, w, v: F.prelu(x, w) + F.prelu(x, v), "a/tp b", "one", "b"),
     row("prelu of the cut", lambda x, w: F.prelu(x, w), "b a/tp", "a", gathers=True),
     row("tile", lambda x: x.tile(2) + torch.tile(x, (1, 2)) + torch.hstack((x, x)), "a/tp b"),
+    # Groups, stretches and pairs
+    row("group_norm", lambda x, w, b: F.group_norm(x, 6, w, b, 1e-5), "b a/tp", "a", "a", parts=(1, 2, 3)),
+    row("group_norm of cut weights", lambda x, w: F.group_norm(x[None], 12, weight=w), "a/tp e", "a/tp"),
+    row("group_norm of heads", lambda x, w: F.group_norm(x.flatten(1), 12, w), "d heads/tp hd", "cols"),
+    row("group_norm of heads, columns of weight", lambda x, w: F.group_norm(x.flatten(1), 24, w, w),
+        "d heads/tp hd", "cols/tp"),
+    row("group_norm of cut batch", lambda x, w: F.group_norm(x, 2, w), "a/tp b", "b"),
+    row("group_norm over the cut", lambda x: F.group_norm(x, 1), "b a/tp", gathers=True),
+    row("group_norm over cut time", lambda x: F.group_norm(x[None], 2), "b a/tp", gathers=True),
+    row("pools", lambda x: (F.avg_pool1d(x, 2) + F.max_pool1d(x, 2) + F.lp_pool1d(x.abs(), 2, 2),
+        F.adaptive_avg_pool1d(x, 3) + F.adaptive_max_pool1d(x, 3),
+        F.max_pool1d(x, 2, return_indices=True)[0] * F.adaptive_max_pool1d(x, 2, True)[0]), "a/tp b"),
+    row("pools over the cut", lambda x: F.avg_pool1d(x, 2), "b a/tp", gathers=True),
+    row("view_as_complex", lambda x, y: torch.view_as_real(paired(x) * paired(y).conj()), "a/tp b d", "b d"),
+    row("view_as_complex of a sum", lambda x: torch.view_as_real(paired(x).sum(0)) + paired(x).angle().sum(), "a/tp b d"),
+    row("view_as_complex of the cut", lambda x: torch.view_as_real(paired(x)), "a b d/tp", gathers=True, parts=(1, 2, 4)),
+    row("complex numbers gathered", lambda x: torch.view_as_real(paired(x).flip(0)), "a/tp b d", gathers=True),
+    row("bits", lambda x: (x.float().view(torch.int32), x.float().view(torch.int16), x.float().view(torch.int64)), "a/tp b"),
+    row("fewer bits of the cut", lambda x: x.double().view(torch.int32), "b a/tp"),
+    row("more bits of the cut", lambda x: x.float().view(torch.int64), "b a/tp", gathers=True),
+    row("select_scatter", lambda x, y: torch.select_scatter(x, y, 1, 2) + x.select_scatter(y, dim=-1, index=0), "a/tp b", "a"),
+    row("select_scatter of a cut part", lambda x, y: x.select_scatter(y, 0, 1), "d a", "a/tp"),
+    row("select_scatter into the cut", lambda x, y: x.select_scatter(y, 0, 2), "a/tp b", "b", gathers=True),
+    row("slice_scatter", lambda x, y: torch.slice_scatter(x, y, 1, 1, 3) + x.slice_scatter(src=y, dim=1, step=2), "a/tp b", "a d"),
+    row("slice_scatter into the cut", lambda x, y: x.slice_scatter(y, 0, 1, 3), "a/tp b", "d b", gathers=True),
+    row("index_add", lambda x, y: x.index_add(1, torch.tensor([2, 0]), y) + x.index_copy(-1, torch.tensor([2, 0]), y)
+        + x.index_reduce(1, torch.tensor([2, 0]), y, "amax") + x.index_fill(1, torch.tensor([2, 0]), 2.0), "a/tp b", "a d"),
+    row("index_add of a cut part", lambda x, y: torch.index_add(x, 0, torch.tensor([2, 0]), source=y, alpha=2), "b a", "d a/tp"),
+    row("index_add to the cut", lambda x, y: x.index_add(0, torch.tensor([2, 0]), y), "a/tp b", "d b", gathers=True),
+    row("cdist", lambda x, y: torch.cdist(x, y), "a/tp b", "c b"),
+    row("cdist to the cut", lambda x, y: torch.cdist(x, y, 1.0) + torch.cdist(x2=x, x1=y).T, "c b", "a/tp b"),
+    row("cdist in batches", lambda x, y: torch.cdist(x, y), "a/tp b d", "a c d"),
+    row("cdist over cut features", lambda x, y: torch.cdist(x, y), "b a/tp", "c a/tp", gathers=True),
+    row("searchsorted", lambda x, y: torch.searchsorted(y.detach().sort(-1).values, x.detach(), right=True), "a/tp b", "c"),
+    row("searchsorted in rows", lambda x, y: torch.searchsorted(y.detach().sort(-1).values, x.detach()), "a b", "a/tp c"),
+    row("searchsorted in rows, cut values", lambda x, y: torch.searchsorted(y.detach().sort(-1).values, x.detach()), "b a/tp", "b c"),
+    row("searchsorted in cut rows", lambda x, y: torch.searchsorted(y.detach().sort(-1).values, x.detach()), "b c", "b a/tp", gathers=True),
+    row("isin", lambda x, y: torch.isin(integer(x), integer(y)) & torch.isin(integer(x), torch.tensor([2, 0])), "a/tp b", "d"),
+    row("hsplit", lambda x: (*x.hsplit(2), *torch.vsplit(x.T, [1, 3]), *x[..., None].dsplit([1])), "a/tp b"),
+    row("hsplit the cut", lambda x: x.hsplit(2), "b a/tp", gathers=True),
+    row("vstack", lambda x, y: (torch.vstack((x.T, y.T)), torch.column_stack((x, y)),
+        torch.dstack((x[..., None], y[..., None]))), "a/tp b", "a/tp b"),
+    row("new_tensor", lambda x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0]), "a/tp b"),
+    row("masked_scatter", lambda x, y: x.masked_scatter(x > 0, y), "a/tp b", "a b", gathers=True),
     row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
     row("constants", lambda x: x + x.new_zeros(12, 4) + x.new_ones(4) + x.new_full((4,), 2.0)
         + torch.zeros(12, 4) + torch.ones(4) + torch.full((12, 4), 3.0), "a/tp b"),

@@ -24,12 +24,13 @@ FAULTS = {
     "mapped": ("torch.tanh(", "torch.sin("),
     "crossed": (".amax(dim, True)", ".amin(dim, True)"),
     "turned": ("torch.finfo(torch.float32).eps", "0.5"),
+    "paired": ("self.local_heads * 2,", "self.local_heads,"),
 }
 
 
 def test_a_planted_fault_is_seen(case):
     """Layers in another order; another scale of what is shared; another function of each head; the
-    least for the largest; another eps."""
+    least for the largest; another eps; fewer groups."""
     model, folder, want = case
     fault = FAULTS[model.name.removesuffix("ForCausalLM").lower()]
     served = serve_model(model, folder, edit=lambda source: source.replace(*fault))

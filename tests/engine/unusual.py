@@ -28,6 +28,7 @@ P = fm.axes(
     layers=LAYERS,
     positions=256,
     columns=128,
+    quarter=32,
 )
 TABLE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
 
@@ -359,10 +360,78 @@ turned = fm.Model(
     sharding=TABLE,
 )
 
+# Pairs: rope in complex numbers, groups of channels, stretches of them written and pooled
+
+
+def turned_pairs(x: Tensor, turn: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+@fm.block
+def paired_attention(p: Any, x: Tensor, positions: Tensor, segment_ids) -> Tensor:
+    q, k, v = (project(norm(x, p["norm"]), p[name]) for name in ("q", "k", "v"))
+    angles = positions[..., None, None] * 100.0 ** (-torch.arange(0, 32, 2) / 32)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    q, k = turned_pairs(q, turn), turned_pairs(k, turn)
+    o = ops.attention(q, k, v, segment_ids=segment_ids)
+    rows = rearrange(o, "... h d -> (...) (h d)")
+    groups = F.group_norm(rows, 8, p["scale"], p["shift"], 1e-5)
+    return x + F.linear(groups.reshape(*x.shape[:-1], -1), rearrange(p["o"], "e h d -> e (h d)"))
+
+
+@fm.block
+def written_mlp(p: Any, x: Tensor, positions: Tensor) -> Tensor:
+    pooled = F.avg_pool1d(x, 4) + F.max_pool1d(x, 4)
+    near = torch.cdist(pooled, p["places"], compute_mode="donot_use_mm_for_euclid_dist")
+    h = F.linear(x, p["up"]).unflatten(-1, (-1, 4))
+    h = h.select_scatter(h[..., 1] * pooled.mean(-1, keepdim=True), -1, 2)
+    h = h.slice_scatter(torch.tanh(h[..., :2]), -1, 0, 2)
+    h = h.index_add(-1, torch.tensor([0, 3]), h[..., 1:3]) * h.new_tensor([0.5, 1.0, 2.0, 1.0])
+    h = torch.where(h.float().view(torch.int32) < 0, 0.1 * h, h)
+    z = torch.view_as_complex(h.float().unflatten(-1, (2, 2))).flip(-2)  # of all ranks
+    h = torch.view_as_real(z).flatten(-3).to(x.dtype)
+    first = torch.searchsorted(torch.tensor([2, 9]), positions) * torch.isin(
+        positions, torch.arange(40)
+    )
+    x = x * torch.cos(0.1 * first.to(x.dtype))[..., None]
+    return x + F.linear(h, p["down"]) + F.linear(torch.exp(-near), p["from_places"])
+
+
+def paired_forward(params, tokens, positions, segment_ids=None):
+    x = ops.embed(tokens, params["embed"])
+    for p in params["layers"]:
+        x = paired_attention(p["attn"], x, positions, segment_ids)
+        x = written_mlp(p["mlp"], x, positions)
+    return F.linear(norm(x, params["norm"]), params["head"])
+
+
+def paired_own() -> dict[str, Any]:
+    own = crossing_own()
+    own["scale"] = own["shift"] = P("columns", sharding=fm.PartitionSpec("tp"))
+    mlp = {"up": own.pop("up"), "down": own.pop("down")}
+    mlp |= {"places": P("rank quarter"), "from_places": P("hidden rank")}
+    return {"attn": own, "mlp": mlp}
+
+
+paired = fm.Model(
+    "PairedForCausalLM",
+    config={"max_position_embeddings": 256},
+    params={
+        "embed": P("vocab hidden"),
+        "layers": [paired_own() for _ in range(2)],
+        "norm": P("hidden", init="ones"),
+        "head": P("vocab hidden"),
+    },
+    forward=paired_forward,
+    sharding=TABLE,
+)
+
 MODELS = {
     "stacked": stacked,
     "shared": shared,
     "mapped": mapping,
     "crossed": crossed,
     "turned": turned,
+    "paired": paired,
 }
