@@ -2,7 +2,8 @@
 
     python -m benchmarks.train [--quick] [--mode eager|compiled|both] [--dtype NAME ...]
                                [--layers N] [--rows N] [--rounds N] [--threads N]
-                               [--processor-time] [--no-scaling] [--jax-python PATH] [--json FILE]
+                               [--processor-time] [--no-gradient] [--no-scaling] [--jax-python PATH]
+                               [--json FILE]
 
 SmolLM2-135M's shape with random weights, the same on every side; packed sequences of 512 tokens; a
 step is forward, backward and AdamW, on weights in the dtype of the row. Each side is a process of
@@ -10,6 +11,9 @@ its own; they take turns, A B C, C B A, ..., and the first turn is thrown away. 
 largest resident memory of the process during its steps, compilation left out. The JAX side needs
 the extra `jax`, in this environment or in that of `--jax-python`; without it, it is left out.
 `--layers` changes the depth: Inductor takes minutes for 30, once a side.
+
+Eager, `fm.grad_and_value` is held against `torch.func`'s and `torch.autograd.grad` of the same
+loss, in bytes that torch's allocator gave out at once.
 
 Then the weak scaling over two processes, of `benchmarks.scaling`, in a table of its own; not with
 `--processor-time`, which sees no waiting.
@@ -31,6 +35,7 @@ from rich.console import Console
 
 import funcmodels as fm
 from benchmarks import scaling as over_processes
+from benchmarks import train_memory
 from benchmarks.serve import Mode
 from benchmarks.table import Row, compare, report, spread, write
 from benchmarks.train_task import HF, QUICK_LAYERS, Task
@@ -133,6 +138,7 @@ def main(
     processor_time: Annotated[
         bool, typer.Option(help="processor's seconds of one thread: for a busy machine")
     ] = False,
+    gradient: Annotated[bool, typer.Option(help="memory of the gradient alone, too")] = True,
     scaling: Annotated[bool, typer.Option(help="two processes against one, too")] = True,
     jax_python: Annotated[Path | None, typer.Option(help="interpreter with the extra jax")] = None,
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
@@ -166,6 +172,8 @@ def main(
                 found += to_rows(
                     figures, f"{name} {'eager' if group is EAGER else 'compiled'}", group
                 )
+            if gradient and EAGER in groups:
+                found += train_memory.rows(tasks[0])
     clock = ", processor time" if processor_time else ""
     title = f"Training, SmolLM2-135M of {depth} layers, CPU, forward, backward and AdamW{clock}"
     report(title, found, json)
