@@ -39,6 +39,7 @@ from compiler.rules import (
 from compiler.sequence import by_sequence, is_by_sequence
 from compiler.strict import Strict, refuses, ways_out
 from compiler.verify import verify
+from compiler.why import fix_of_parts
 from funcmodels.errors import LoweringError
 from funcmodels.sharding import partition_spec
 from funcmodels.source import SourceLine
@@ -127,7 +128,7 @@ class _Partitioner:
             found = Need(axis, units, exact, why, where, of)
             self.needs.setdefault((axis, units, exact), found)
 
-    def note_gather(self, block: Block, node: fx.Node) -> None:
+    def note_gather(self, block: Block, node: fx.Node, axis: str = "") -> None:
         name = target_name(node.target)
         where = node.meta["where"]
         if refuses(self.strict, where):
@@ -135,7 +136,8 @@ class _Partitioner:
                 f"no sharding rule for {name} over a sharded dim",
                 node=f"{node.format_node()}",
                 from_=where,
-                fix=f"shard its axis differently, or allow gathering here: {ways_out(where)}",
+                fix=f"{fix_of_parts(node, axis) or 'shard its axis differently'}, "
+                f"or allow gathering here: {ways_out(where)}",
             )
         self.gathered.append(Gathered(block.name, node.name, name, node.meta["where"]))
 
@@ -226,7 +228,8 @@ class _BlockPartitioner:
                 return
             decision, is_gathered = gathered(view)
         if is_gathered:
-            self.whole.note_gather(self.source, node)
+            shards = (at[n] for n in view.tensors if isinstance(at[n], Shard))
+            self.whole.note_gather(self.source, node, next(shards).axis)
         for need in decision.needs:
             self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
         new = self._local(node, decision, at)

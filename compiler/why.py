@@ -27,6 +27,18 @@ VIEWS = (
 )  # fmt: skip
 
 
+def fix_of_parts(node: fx.Node, axis: str) -> str | None:
+    """What to declare instead where a node takes a cut dim apart: parts lie on other ranks."""
+    index = node.args[1] if is_call(node, operator.getitem) else None
+    sliced = any(isinstance(p, slice) for p in (index if isinstance(index, tuple) else (index,)))
+    if not sliced and not is_call(node, torch.split, torch.chunk, torch.tensor_split, F.glu):
+        return None
+    return (
+        f'declare the parts of "{axis}" as an axis of their own, P("two {axis} ...") and '
+        ".unbind, or as a parameter each"
+    )
+
+
 def why_plain(node: fx.Node, gathered: Collection[SourceLine]) -> str:
     """Why a node of a lowered program is no layer of vLLM's.
 

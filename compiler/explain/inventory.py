@@ -35,7 +35,7 @@ from compiler.rewrite import is_param
 from compiler.rules import letters_of, max_over_ranks, rms_norm_over_ranks
 from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
-from compiler.why import is_product, is_view, why_plain
+from compiler.why import fix_of_parts, is_product, is_view, why_plain
 from funcmodels import ops
 from funcmodels.config_json import config_of_fields
 from funcmodels.source import SourceLine
@@ -415,7 +415,9 @@ class Inventory:
             user = next(iter(node.users))
             name = target_name(user.target) if user.op != "output" else "what comes after"
             if node.meta["where"] in self.gathered:
-                return "all_gather", f"{name} has no sharding rule for a cut dim"
+                axis = node.args[0].meta["placement"].axis  # type: ignore[union-attr]
+                fix = "" if (found := fix_of_parts(user, axis)) is None else f": {found}"
+                return "all_gather", f"{name} has no sharding rule for a cut dim{fix}"
             return "all_gather", f"{name} needs all of it"
         return "", ""
 

@@ -24,7 +24,7 @@ from compiler.stages import layers_of_stages
 from compiler.vllm_target import source_for_vllm
 from examples import hello
 from funcmodels import ops
-from funcmodels.errors import FuncModelsError, ShardingError
+from funcmodels.errors import FuncModelsError, LoweringError, ShardingError
 from funcmodels.models import llama
 from tests.compiler.programs import TABLE, axes, small
 from tests.compiler.random_programs import model_of, specs
@@ -224,6 +224,40 @@ def test_what_is_left_to_torch_names_line_and_reason():
     assert gather.collective.kind == "all_gather"
     assert gather.collective.bytes == 12 * 2
     assert "no sharding rule" in gather.collective.why
+
+
+HALVES = {
+    "chunk": lambda h: h.chunk(2, -1),
+    "split": lambda h: h.split(6, -1),
+    "slices": lambda h: (h[..., :6], h[..., 6:]),
+}
+
+
+def gated(halves: Any, up: fm.Param) -> fm.Model:
+    """A gated unit whose gate and up are made together."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        gate, up = halves(x, params["up"])
+        return ops.unembed(x + (F.silu(gate) * up) @ params["down"].T, params["head"])
+
+    P = fm.axes(hidden=16, mlp=12, half=6)
+    return small(forward, {"up": up, "down": P("hidden half")}, {"mlp": "tp", "half": "tp"})
+
+
+@pytest.mark.parametrize("how", HALVES)
+def test_a_gather_of_parts_names_the_declaration_without_it(how):
+    """Halves of what is cut lie on other ranks; of an axis of their own, each rank has its part."""
+    P = fm.axes(hidden=16, mlp=12, two=2, half=6)
+    model = gated(lambda x, up: HALVES[how](x @ up.T), P("mlp hidden"))
+    whys = {s.collective.why for _, s in fm.explain(model, tp=2).collectives if s.collective}
+    fix = 'declare the parts of "mlp" as an axis of their own, P("two mlp ...")'
+    assert any(fix in why for why in whys), whys
+    with pytest.raises(LoweringError) as error:
+        source_for_vllm(model, strict=True)
+    assert fix in error.value.lines["fix"]
+    apart = gated(lambda x, up: (x @ w.T for w in up.unbind(0)), P("two half hidden"))
+    assert "no sharding rule" not in str(fm.explain(apart, tp=2).collectives)
 
 
 def test_arithmetic_of_plain_products():

@@ -20,11 +20,12 @@ from torch._higher_order_ops.scan import scan
 from torch.nn.functional import silu
 
 import funcmodels as fm
-from compiler.partition import check_tokens_apart
+from compiler.partition import check_tokens_apart, partition
 from compiler.trace import trace
+from compiler.vllm_target import source_for_vllm
 from funcmodels import ops
 from funcmodels.errors import LoweringError, ShapeError, TraceError
-from tests.compiler.programs import axes, evaluated, inputs_of, small, weights_of
+from tests.compiler.programs import axes, check_on_ranks, evaluated, inputs_of, small, weights_of
 
 P = axes()
 A_TENSOR = torch.ones(16)
@@ -823,6 +824,29 @@ def test_tokens_are_kept_apart(name):
         check_tokens_apart(program)
     assert "ops.attention" in error.value.lines["fix"] or "positions" in error.value.lines["fix"]
     assert "test_refuse.py" in str(error.value.lines["from"])
+
+
+def test_what_has_no_rule_gathers_in_training_and_is_refused_served():
+    """Over a cut dim with a rule that cannot keep it cut, a model is gathered and served."""
+
+    def with_rule(p, x, s):
+        return torch.flip(x @ p["m"].T, (-1,)) @ p["m"]
+
+    def without_rule(p, x, s):
+        h = x @ p["m"].T
+        return h.masked_scatter(h > 0, 2 * h) @ p["m"]
+
+    for body, name in ((with_rule, "torch.flip"), (without_rule, "torch.masked_scatter")):
+        model = model_of(body)
+        model = fm.Model(model.name, None, model.params, model.forward, sharding={"mlp": "tp"})
+        program = trace(model)
+        assert [g.operation for g in partition(program).gathered] == [name]
+        check_on_ranks(program, partition(program), 2, weights_of(model), *inputs_of(5))
+        if body is with_rule:
+            assert "torch.flip(all_gather" in source_for_vllm(model)
+        else:
+            with pytest.raises(LoweringError, match="masked_scatter is not known to leave tokens"):
+                source_for_vllm(model)
 
 
 # What is allowed, and gives the function's own values
