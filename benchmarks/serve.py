@@ -1,13 +1,15 @@
 """Serving speed of the emitted class against vLLM's own class and its transformers backend.
 
     python -m benchmarks.serve [--model NAME ...] [--tp N ...] [--mode eager|compiled|both]
-                               [--load NAME ...] [--quick] [--processor-time] [--json FILE]
+                               [--load NAME ...] [--starts N] [--quick] [--processor-time]
+                               [--json FILE]
 
 bfloat16, with vLLM's settings the same on all sides. The models are those of `benchmarks.shapes`:
 SmolLM2-135M-Instruct unless others are named. Each side is a process of its own that holds its
 engine; the sides take turns, A B C, C B A, ..., so that whatever else the machine does, and its
 clock, hits all alike. The first turn is thrown away. A figure is the median over the turns, and a
-ratio the median of the turns' ratios.
+ratio the median of the turns' ratios. A process keeps what it drew when it started, such as where
+its memory lies: with --starts, all sides are started so many times, and turns counted over all.
 """
 
 import os
@@ -71,6 +73,14 @@ def measure(
     return figures
 
 
+def joined(parts: list[Figures]) -> Figures:
+    """The figures of several starts as those of one."""
+    return {
+        load: {side: [x for part in parts for x in part[load][side]] for side in by_side}
+        for load, by_side in parts[0].items()
+    }
+
+
 def to_rows(figures: Figures, what: str) -> list[Row]:
     """Ours against the better peer of each load."""
     rows = []
@@ -95,7 +105,8 @@ Quick = Annotated[bool, typer.Option(help="eager unless --mode is given; few tur
 File = Annotated[Path | None, typer.Option(help="write the rows to this file")]
 Chosen = Annotated[list[str] | None, typer.Option(help="'decode 1x64' alone; may be repeated")]
 How = Annotated[Mode, typer.Option(help="how vLLM runs the model")]
-Turns = Annotated[int | None, typer.Option(help="turns of each side")]
+Turns = Annotated[int | None, typer.Option(help="turns of each side, in each start")]
+Starts = Annotated[int, typer.Option(min=1, help="how many times all sides are started")]
 Threads = Annotated[int | None, typer.Option(help="OpenMP threads of each engine")]
 ProcessorTime = Annotated[
     bool, typer.Option(help="processor's seconds of one thread: for a busy machine, one rank")
@@ -111,6 +122,7 @@ def served_rows(
     mode: Mode,
     quick: bool,
     rounds: int | None,
+    starts: int,
     threads: int | None,
     processor_time: bool,
     peers_only: bool,
@@ -158,7 +170,12 @@ def served_rows(
                 settings = Settings(
                     shape.folder(), each == "compiled", ranks, threads, processor_time
                 )
-                figures = measure(sides, settings, chosen, what=what, rounds=rounds)
+                figures = joined(
+                    [
+                        measure(sides, settings, chosen, what=what, rounds=rounds)
+                        for _ in range(starts)
+                    ]
+                )
                 show_noise(figures, what, console)
                 if not peers_only:
                     rows += to_rows(figures, what)
@@ -172,6 +189,7 @@ def main(
     json: File = None,
     mode: How = Mode.both,
     rounds: Turns = None,
+    starts: Starts = 1,
     threads: Threads = None,
     processor_time: ProcessorTime = False,
     peers_only: PeersOnly = False,
@@ -185,6 +203,7 @@ def main(
         mode=mode,
         quick=quick,
         rounds=rounds,
+        starts=starts,
         threads=threads,
         processor_time=processor_time,
         peers_only=peers_only,
