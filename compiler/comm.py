@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -237,11 +238,16 @@ class Processes(Comm):
 
     The group itself is not kept: a model lives in reference cycles, and a group in one of them
     outlives `destroy_process_group` with its threads, which can abort a process as it ends.
+
+    On CPUs, over gloo, a collective waits for the one before. A gloo group has two threads, and
+    with torch 2.13 about one process in fifty breaks its heap when both gather at once: it dies in
+    `malloc`, or in gloo's `Pair::recv`, of what was freed twice.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_world_size(group), [dist.get_rank(group)])
         self.group = group.group_name
+        self.before: Callable[[], Tensor | None] = lambda: None
 
     def __reduce__(self) -> Any:
         """A copied module is on the same ranks, and a saved one on those of a group of the name."""
@@ -289,21 +295,30 @@ class Processes(Comm):
         parts = flat.split([x.numel() for x in xs])
         return [_own(part.view(x.shape)) for part, x in zip(parts, xs, strict=True)]
 
+    def _start(self, collective: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        queued = x.device.type == "cpu" and type(x) is Tensor  # not while a graph is recorded
+        if queued and (before := self.before()) is not None:
+            wait(before)
+        result = collective(x.contiguous(), *args, self.group, **options)
+        if queued:
+            self.before = weakref.ref(result)  # who has not waited for it, holds it
+        return result
+
     def start_total(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
-        return _c10d.all_reduce(x.contiguous(), "sum", self.group)
+        return self._start(_c10d.all_reduce, x, "sum")
 
     def start_gather(self, x: Tensor) -> Tensor:
         """Every rank's x, one after the other along the first dim."""
-        return _c10d.all_gather_into_tensor(x.contiguous(), self.size, self.group)
+        return self._start(_c10d.all_gather_into_tensor, x, self.size)
 
     def start_gather_into(self, x: Tensor, out: Tensor) -> Tensor:
         """The same, into memory that is there."""
-        return _c10d.all_gather_into_tensor_out(x.contiguous(), self.size, self.group, out=out)
+        return self._start(_c10d.all_gather_into_tensor_out, x, self.size, out=out)
 
     def start_scatter(self, x: Tensor) -> Tensor:
         """The own one of equal blocks along the first dim of the sum over the ranks."""
-        return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.group)
+        return self._start(_c10d.reduce_scatter_tensor, x, "sum", self.size)
 
 
 _OVER: dict[tuple[str, int, int], Processes] = {}
