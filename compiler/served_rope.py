@@ -14,7 +14,7 @@ class ServedRope:
     Args:
         parameters: its `rope_parameters`.
         table: how many positions its table has, where the kind fixes that.
-        check: what of `compiler.vllm_runtime` compares the engine's longest sequence with the
+        check: what of `compiler.vllm_checks` compares the engine's longest sequence with the
             length up to which it computes what the model does; that length, and the kind of rope.
     """
 

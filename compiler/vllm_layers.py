@@ -13,7 +13,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 import funcmodels.nn as fnn
-from compiler import vllm_runtime
+from compiler import vllm_checks
 from compiler.served_rope import served_rope
 from funcmodels.errors import LoweringError
 
@@ -144,9 +144,9 @@ class ServedRotary(nn.Module):
         if vllm_config.model_config is not None:
             if served.check is not None:
                 name, longest, kind = served.check
-                getattr(vllm_runtime, name)(vllm_config, longest, kind)
+                getattr(vllm_checks, name)(vllm_config, longest, kind)
             if served.table is not None:
-                vllm_runtime.check_positions(vllm_config, served.table)
+                vllm_checks.check_positions(vllm_config, served.table)
             else:  # past its end the table is read all the same
                 limit = max(limit or 0, vllm_config.model_config.max_model_len)
         if limit is None or (vllm_config.model_config is None and served.check is not None):

@@ -7,7 +7,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-FILES = ("vllm_runtime.py", "vllm_recurrent.py")
+FILES = (
+    "vllm_runtime.py", "vllm_fast.py", "vllm_checks.py", "vllm_names.py", "vllm_weights.py",
+    "vllm_stages.py", "vllm_ranks.py", "vllm_recurrent.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

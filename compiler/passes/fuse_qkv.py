@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from compiler import layers
-from compiler.ir import Block, LocalSize, TensorType, tensor_type
-from compiler.placement import Shard
-from compiler.rewrite import calls_of, insert, is_call, replace_with
+from compiler.ir import Block, tensor_type
+from compiler.passes.merge_products import merge_products
+from compiler.rewrite import calls_of, is_call
 from compiler.rules import rms_norm_over_ranks
 from compiler.rules.elementwise import is_elementwise
 from funcmodels import ops
@@ -30,7 +30,7 @@ def fuse_qkv(block: Block) -> Block:
     for node in calls_of(block, ops.attention):
         found = [_projection(a) for a in node.args[:3]]
         if all(found) and _mergeable(found):  # type: ignore[arg-type]
-            _merge(block, found)  # type: ignore[arg-type]
+            merge_products(block, found, kind="qkv", name="qkv", names="qkv")  # type: ignore[arg-type]
     return block
 
 
@@ -77,55 +77,3 @@ def _width(node: fx.Node) -> int:
     features = tensor_type(node).shape[1]
     assert isinstance(features, int)
     return features // node.meta["placement"].units
-
-
-def _merge(block: Block, found: list[fx.Node]) -> None:
-    order = {n: i for i, n in enumerate(block.graph.nodes)}
-    first = min(found, key=order.__getitem__)
-    for node in found:  # parameters can be read as early as anyone wants
-        for param in (*node.args[1], *node.args[2]):  # type: ignore[misc]
-            if order[param] > order[first]:
-                first.prepend(param)
-    tokens = tensor_type(first).shape[0]
-    dtype = tensor_type(first).dtype
-    features = [tensor_type(n).shape[1] for n in found]
-    qkv = insert(
-        block,
-        first,
-        layers.linear,
-        (
-            first.args[0],
-            tuple(w for n in found for w in n.args[1]),  # type: ignore[union-attr]
-            tuple(b for n in found for b in n.args[2]),  # type: ignore[union-attr]
-        ),
-        {"kind": "qkv", "matrices": tuple(m for n in found for m in n.kwargs["matrices"])},  # type: ignore[union-attr]
-        type=TensorType(dtype, (tokens, sum(features))),  # type: ignore[arg-type]
-        name="qkv",
-    )
-    at = [n.meta["placement"] for n in found]
-    sizes = tuple(
-        LocalSize(a.units, _width(n), a.axis, "tp") for a, n in zip(at, found, strict=True)
-    )
-    placements = tuple(Shard(1, a.units, a.axis) for a in at)
-    parts = insert(
-        block,
-        first,
-        torch.split,
-        (qkv, list(sizes)),
-        {"dim": -1},
-        type=tuple(TensorType(dtype, (tokens, f)) for f in features),
-        placement=placements,
-        name="split_qkv",
-    )
-    for i, (node, name) in enumerate(zip(found, "qkv", strict=True)):
-        part = insert(
-            block,
-            first,
-            operator.getitem,
-            (parts, i),
-            type=tensor_type(node),
-            placement=placements[i],
-            like=node,
-            name=name,
-        )
-        replace_with(block, node, part)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
 
 from compiler import layers
-from compiler.ir import Block, LocalSize, TensorType, tensor_type
-from compiler.placement import Shard
+from compiler.ir import Block, tensor_type
+from compiler.passes.merge_products import merge_products
 from compiler.recurrence import recurrence
-from compiler.rewrite import calls_of, insert, is_call, replace_with
+from compiler.rewrite import calls_of, is_call
 from compiler.rules.elementwise import is_elementwise
 from compiler.shared_tensors import place_in_tensor
 
@@ -30,7 +29,8 @@ def merge_parts(block: Block) -> Block:
     be given as it is, is not merged.
     """
     for found in list(_groups(block)):
-        _merge(block, found)
+        names = [node.name for node in found]
+        merge_products(block, found, kind="merged_column", name="merged", names=names)
     return block
 
 
@@ -60,61 +60,3 @@ def _takes_strides(node: fx.Node) -> bool:
         elif not (is_elementwise(user.target) or is_call(user, recurrence)):
             return False
     return True
-
-
-def _merge(block: Block, found: list[fx.Node]) -> None:
-    order = {n: i for i, n in enumerate(block.graph.nodes)}
-    first = min(found, key=order.__getitem__)
-    for node in found:  # parameters can be read as early as anyone wants
-        for param in (*node.args[1], *node.args[2]):  # type: ignore[misc]
-            if order[param] > order[first]:
-                first.prepend(param)
-    tokens, dtype = tensor_type(first).shape[0], tensor_type(first).dtype
-    widths = [tensor_type(n).shape[1] for n in found]
-    merged = insert(
-        block,
-        first,
-        layers.linear,
-        (
-            first.args[0],
-            tuple(w for n in found for w in n.args[1]),  # type: ignore[union-attr]
-            tuple(b for n in found for b in n.args[2]),  # type: ignore[union-attr]
-        ),
-        {
-            "kind": "merged_column",
-            "matrices": tuple(m for n in found for m in n.kwargs["matrices"]),  # type: ignore[union-attr]
-        },
-        type=TensorType(dtype, (tokens, sum(widths))),  # type: ignore[arg-type]
-        name="merged",
-    )
-    at = [n.meta["placement"] for n in found]
-    sizes = [
-        LocalSize(a.units, width // a.units, a.axis, "tp")  # type: ignore[operator]
-        for a, width in zip(at, widths, strict=True)
-    ]
-    placements = tuple(Shard(1, a.units, a.axis) for a in at)
-    parts = insert(
-        block,
-        first,
-        torch.split,
-        (merged, sizes),
-        {"dim": -1},
-        type=tuple(tensor_type(n) for n in found),
-        placement=placements,
-        name="split_merged",
-    )
-    new = [
-        insert(
-            block,
-            first,
-            operator.getitem,
-            (parts, i),
-            type=tensor_type(node),
-            placement=placements[i],
-            like=node,
-            name=node.name,
-        )
-        for i, node in enumerate(found)
-    ]
-    for node, part in zip(found, new, strict=True):
-        replace_with(block, node, part)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 import funcmodels as fm
 from compiler.emit import expressions
-from compiler.emit.helpers import helpers
+from compiler.emit.helpers import FILES, helpers
 from compiler.emit.scope import IMPORTS
 from compiler.vllm_target import source_for_vllm
 from funcmodels import ops
@@ -241,10 +241,11 @@ def test_is_formatted(name, tmp_path):
 
 def test_what_helpers_import_can_be_imported():
     """Imports of emitted files are found by the names that their helpers read."""
-    tree = ast.parse(Path("compiler/vllm_runtime.py").read_text())
-    imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    trees = [ast.parse((Path("compiler") / file).read_text()) for file in FILES]
+    nodes = [node for tree in trees for node in tree.body]
+    imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = {a.asname or a.name for n in imports for a in n.names} - {"annotations"}
-    assert names <= IMPORTS.keys()
+    assert names <= IMPORTS.keys() | helpers().keys()
 
 
 def test_variables_leave_helpers_and_imports_alone():

@@ -18,7 +18,7 @@ def differences() -> dict[str, float]:
     """Of each layer and input: the largest difference to vLLM's, in units of the last place."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from compiler import vllm_runtime as fast
+    from compiler import vllm_fast as fast
 
     drawn = torch.Generator().manual_seed(0)
 
@@ -63,7 +63,7 @@ def differences() -> dict[str, float]:
 
 def compiled_gelu_errors() -> dict[str, float]:
     """Of what gelu_tanh is when it is compiled: the largest error, in units of the last place."""
-    from compiler import vllm_runtime as fast
+    from compiler import vllm_fast as fast
 
     errors = {}
     for dtype in DTYPES:
@@ -84,7 +84,7 @@ def bias_of_norms() -> dict[str, float]:
     """
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from compiler import vllm_runtime as fast
+    from compiler import vllm_fast as fast
 
     found = {}
     drawn = torch.Generator().manual_seed(0)
