@@ -34,7 +34,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from compiler import aten, branches, mapped_attention, refuse, transforms
-from compiler.associative import Combine, associative
 from compiler.ir import (
     MODEL_DTYPE,
     Block,
@@ -42,31 +41,20 @@ from compiler.ir import (
     Sym,
     TensorType,
     add_node,
-    dtype_name,
     target_name,
 )
 from compiler.names import argument_names, identifier, name_by_users_variables, unique
 from compiler.normalize import is_identity, normalize, on_one_device, where_it_is
-from compiler.recurrence import Recurrence, recurrence
 from compiler.recurrence import blocks_within as within
 from compiler.shapes import result_of
 from compiler.static import snapshot, surroundings
+from compiler.trace_recurrence import record_recurrence, record_scan
 from compiler.verify import verify
-from funcmodels import ops, tree
+from funcmodels import ops
 from funcmodels.block import set_tracer
 from funcmodels.errors import TraceError
-from funcmodels.ops.recurrent_results import (
-    check_alike,
-    check_combined,
-    check_pair,
-    check_results,
-    check_state,
-    not_of_all,
-    shapes_said,
-)
 from funcmodels.source import SourceLine, is_users, users_line
 from funcmodels.spec import Model, Param
-from funcmodels.state import State
 
 _CPU = torch.device("cpu")
 
@@ -499,156 +487,11 @@ class _Tracer(TorchFunctionMode):
 
     # Recurrences
 
-    def call_recurrence(
-        self,
-        *,
-        step: Callable[..., Any],
-        state: State,
-        xs: Any,
-        params: Any,
-        chunked: Callable[..., Any] | None,
-        chunk: int,
-        segment_ids: Tensor | None,
-        kernel: str | None,
-        remat: bool = False,
-    ) -> Any:
-        """Record a recurrence: its step and its chunked form, each as a block of its own."""
-        self._check_branches()
-        if transforms.is_transforming():
-            raise refuse.recurrence_in_transform(step)
-        given = pytree.tree_leaves(xs)
-        shared = [] if params is None else pytree.tree_leaves(params)
-        with torch._C.DisableTorchFunction():
-            self._check_tokens(step, given)
-            sizes = given[0].shape[: len(self.dims)]
-            of_one = self._step_arguments(state, tree.map(self._without_seq, xs), params, sizes[:1])
-            of_many = self._step_arguments(state, tree.map(self._alike, xs), params, sizes[:-1])
-        lead = tuple(map(Sym, self.dims))
-        with shapes_said(step, state, xs):
-            one = self._record_step(step, state, of_one, lead[:1])
-        with shapes_said(chunked or step, state, xs):
-            many = chunked and self._record_step(chunked, state, of_many, lead, (step, one))
-        made = Recurrence(one.block, many and many.block, state, chunk, kernel, remat=remat)
-        args = self._as_nodes((tuple(given), tuple(shared), segment_ids), step)
-        with torch._C.DisableTorchFunction():
-            results = [self._with_seq(t, given[0]) for t in one.tensors[len(state.slots) :]]
-            node = self._node(
-                "call_function", recurrence, tuple(results), args, {"recurrence": made}
-            )
-            self._bind(node, results)
-        self.scopes[-1].keep += results
-        rest = iter(results)
-        return tree.map(lambda _: next(rest), pytree.tree_unflatten(one.leaves, one.spec)[1])
-
-    def _check_tokens(self, step: Callable[..., Any], xs: list[Any]) -> None:
-        want = tuple(map(Sym, self.dims))
-        for x in xs:
-            if not isinstance(x, Tensor) or self._type(x).shape[: len(want)] != want:
-                raise refuse.not_of_tokens(step, self._type(x) if isinstance(x, Tensor) else x)
-
-    def _without_seq(self, x: Tensor) -> Tensor:
-        """What a step is recorded on: one token of each of some sequences, (sequences, ...)."""
-        return self._alike(x) if len(self.dims) == 1 else self._alike(x.select(1, 0))
-
-    def _with_seq(self, y: Tensor, like: Tensor) -> Tensor:
-        """A result of a step as one of all tokens."""
-        if len(self.dims) == 1:
-            return self._alike(y)
-        return self._alike(y.unsqueeze(1).expand(*like.shape[:2], *y.shape[1:]))
-
-    def _step_arguments(self, state: State, xs: Any, params: Any, batch: Any) -> tuple[Any, ...]:
-        """Tensors for a step to be recorded on, which are no others' of the model."""
-        carry = {
-            name: torch.empty((*batch, *slot.shape), dtype=slot.dtype)
-            for name, slot in state.slots.items()
-        }
-        return (carry, xs) if params is None else (carry, xs, tree.map(self._alike, params))
-
-    def _record_step(
-        self,
-        fn: Callable[..., Any],
-        state: State,
-        args: tuple,
-        lead: tuple[Sym, ...],
-        of: tuple[Callable[..., Any], _Recorded] | None = None,
-    ) -> _Recorded:
-        """Record a step, or the chunked form `of` one.
-
-        Its results are the state's tensors as declared and the leaves of y, a chunked form's in
-        the order of its step's: what becomes of them goes by their places.
-
-        Args:
-            lead: the first dims of each leaf of y.
-        """
-
-        def arranged(result: Any) -> Any:
-            with torch._C.DisableTorchFunction():
-                check_pair(fn, result)
-                after, y = result
-                check_state(fn, state, after, args[0])
-                check_results(fn, y, ())
-                kinds = self._kinds_of(fn, y, lead)
-                if of is not None:
-                    step, recorded = of
-                    like = pytree.tree_unflatten(recorded.leaves, recorded.spec)[1]
-                    check_alike(step, fn, self._kinds_of(step, like, lead[:1]), kinds)
-                    y = tree.unflatten(like, dict(tree.items(y)))
-            return {name: after[name] for name in state.slots}, y
-
-        return self._record_inner(fn, args, arranged)
-
-    def _record_inner(
-        self, fn: Callable[..., Any], args: tuple, arranged: Callable[[Any], Any], *names: str
-    ) -> _Recorded:
-        """Record what is no module, but runs within one."""
-        before, self.in_step = self.in_step, True
-        try:
-            spec = pytree.tree_flatten((args, {}))
-            return self._record(fn, *spec, arranged=arranged, names=list(names))
-        finally:
-            self.in_step = before
-
-    def _kinds_of(self, fn: Callable[..., Any], y: Any, lead: tuple[Sym, ...]) -> dict[str, Any]:
-        """By path, dtype and shape of one token's results."""
-        kinds = {}
-        for path, leaf in tree.items(y):
-            found = self._type(leaf)
-            if found.shape[: len(lead)] != lead:
-                n = None if len(lead) == 1 and self.dims == ("batch", "seq") else lead[-1]
-                raise not_of_all(fn, path, found.shape, n)
-            kinds[path] = dtype_name(found.dtype), found.shape[len(lead) :]
-        return kinds
+    def call_recurrence(self, **given: Any) -> Any:
+        return record_recurrence(self, **given)
 
     def call_associative_scan(self, combine: Callable[..., Any], xs: Any, dim: int) -> Any:
-        """Record a scan over the tokens: what it combines by is a block of its own."""
-        self._check_branches()
-        if transforms.is_transforming():
-            raise refuse.recurrence_in_transform(combine)
-        given = pytree.tree_leaves(xs)
-        with torch._C.DisableTorchFunction():
-            self._check_tokens(combine, given)
-            at = len(self.dims) - 1
-            if any(dim % x.ndim != at for x in given):
-                raise refuse.not_of_tokens(combine, f"dim={dim}")
-            first, second = (tree.map(self._alike, xs) for _ in range(2))
-        paths = [path.replace(".", "_") for path, _ in tree.items(xs)]
-        names = [f"{x}_{path}".strip("_") for x in ("first", "second") for path in paths]
-
-        def arranged(result: Any) -> Any:
-            with torch._C.DisableTorchFunction():
-                check_combined(combine, result, xs)
-                return tree.unflatten(xs, dict(tree.items(result)))
-
-        made = Combine(self._record_inner(combine, (first, second), arranged, *names).block)
-        args = self._as_nodes((tuple(given),), combine)
-        with torch._C.DisableTorchFunction():
-            results = [self._alike(x) for x in given]
-            settings = {"combine": made, "dim": at}
-            node = self._node("call_function", associative, tuple(results), args, settings)
-            self._bind(node, results)
-        self.scopes[-1].keep += results
-        rest = iter(results)
-        return tree.map(lambda _: next(rest), xs)
+        return record_scan(self, combine, xs, dim)
 
     # Calls of blocks
 
