@@ -62,7 +62,7 @@ def whole_of_blocks(x: torch.Tensor, *, dim: int, units: int) -> torch.Tensor:
 def all_gathered(x: torch.Tensor, *, dim: int) -> torch.Tensor:
     """The parts of all ranks; whole numbers go as bits, for on a CPU vLLM sends no others."""
     if x.is_complex():
-        return torch.view_as_complex(all_gathered(torch.view_as_real(x), dim=dim))
+        return torch.view_as_complex(all_gathered(torch.view_as_real(x.resolve_conj()), dim=dim))
     if x.is_floating_point():
         return tensor_model_parallel_all_gather(x.contiguous(), dim=dim)
     bits = x.to(torch.int64).unsqueeze(-1).view(torch.float32)

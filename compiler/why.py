@@ -23,6 +23,7 @@ PRODUCTS = (torch.einsum, torch.matmul, F.linear, ops.unembed)
 VIEWS = (
     torch.reshape, torch.transpose, torch.permute, torch.movedim, torch.unsqueeze, torch.squeeze,
     torch.split, torch.chunk, torch.unbind, torch.detach, Tensor.expand, operator.getitem,
+    torch.tensor_split, torch.view_as_complex, torch.view_as_real, Tensor.view,
     collectives.take_block,
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ _UNARY = (
     torch.cosh, torch.erfc, torch.trunc, F.hardswish, F.hardsigmoid, F.selu, F.celu, F.softsign,
     F.threshold, F.hardshrink, F.softshrink, F.tanhshrink, torch.asin, torch.acos, torch.asinh,
     torch.acosh, torch.atanh, torch.logit, torch.frac, torch.positive, torch.signbit, torch.sinc,
-    torch.erfinv, torch.sgn, torch.real, torch.imag, torch.conj, torch.angle,
+    torch.erfinv, torch.sgn, torch.real, torch.imag, torch.conj, torch.angle, torch.resolve_conj,
 )  # fmt: skip
 # Derivatives of activations, as torch.func.grad inside a model leaves them.
 _aten = torch.ops.aten

@@ -414,7 +414,7 @@ ROWS = [
         F.adaptive_avg_pool1d(x, 3) + F.adaptive_max_pool1d(x, 3),
         F.max_pool1d(x, 2, return_indices=True)[0] * F.adaptive_max_pool1d(x, 2, True)[0]), "a/tp b"),
     row("pools over the cut", lambda x: F.avg_pool1d(x, 2), "b a/tp", gathers=True),
-    row("view_as_complex", lambda x, y: torch.view_as_real(paired(x) * paired(y).conj()), "a/tp b d", "b d"),
+    row("view_as_complex", lambda x, y: torch.view_as_real(paired(x) * paired(y).conj().resolve_conj()), "a/tp b d", "b d"),
     row("view_as_complex of a sum", lambda x: torch.view_as_real(paired(x).sum(0)) + paired(x).angle().sum(), "a/tp b d"),
     row("view_as_complex of the cut", lambda x: torch.view_as_real(paired(x)), "a b d/tp", gathers=True, parts=(1, 2, 4)),
     row("complex numbers gathered", lambda x: torch.view_as_real(paired(x).flip(0)), "a/tp b d", gathers=True),

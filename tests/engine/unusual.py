@@ -389,7 +389,8 @@ def written_mlp(p: Any, x: Tensor, positions: Tensor) -> Tensor:
     h = h.slice_scatter(torch.tanh(h[..., :2]), -1, 0, 2)
     h = h.index_add(-1, torch.tensor([0, 3]), h[..., 1:3]) * h.new_tensor([0.5, 1.0, 2.0, 1.0])
     h = torch.where(h.float().view(torch.int32) < 0, 0.1 * h, h)
-    z = torch.view_as_complex(h.float().unflatten(-1, (2, 2))).flip(-2)  # of all ranks
+    z = torch.view_as_complex(h.float().unflatten(-1, (2, 2)))
+    z = z.conj().flip(-2).resolve_conj()  # of all ranks
     h = torch.view_as_real(z).flatten(-3).to(x.dtype)
     first = torch.searchsorted(torch.tensor([2, 9]), positions) * torch.isin(
         positions, torch.arange(40)
