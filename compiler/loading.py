@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import graphlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
@@ -205,6 +206,7 @@ def loading_of(plan: Plan, model: Model) -> Loading:
     for name, to in plan.tensors.items():
         pattern, new = _template(name, _unfused(to))
         alike.setdefault(pattern, {})[name] = (new, to)
+    renamed: dict[str, list[str]] = {}
     for pattern, group in alike.items():
         # Layers of different kinds may keep tensors of one name in different places.
         one = len({(new, to.layout) for new, to in group.values()}) == 1
@@ -212,8 +214,10 @@ def loading_of(plan: Plan, model: Model) -> Loading:
             of = pattern if one else f"^{re.escape(name)}$"
             if name != _unfused(to):
                 loading.regex[of] = new if one else _unfused(to)
+                renamed.setdefault(of, []).append(_unfused(to))
             if to.layout is not None:
                 loading.layouts[of] = (to.layout, _needed(to))
+    loading.regex = {of: loading.regex[of] for of in _none_twice(renamed)}
     loading.experts = _patterns(plan.split)
     loading.prefix, loading.prefixed = model.hf_prefix, tuple(sorted(model.prefixed))
     loading.ignored = (*map(_glob, model.hf_ignored), *_unused(plan, model))
@@ -260,6 +264,23 @@ def _patterns(names: Mapping[str, str]) -> dict[str, str]:
         one = len(found[pattern]) == 1
         out |= {pattern: replaced} if one else {f"^{re.escape(name)}$": new}
     return out
+
+
+def _none_twice(renamed: Mapping[str, list[str]]) -> Iterable[str]:
+    """Patterns in an order in which none finds a name that one before it has made.
+
+    vLLM applies them one after the other. Where a part of `in_proj.bias` becomes `dt_bias`, and the
+    checkpoint's own `dt_bias` something else, that one is renamed first.
+
+    Args:
+        renamed: pattern -> what the tensors that it finds become.
+    """
+    found_by = {of: re.compile(of) for of in renamed}
+    before = {
+        of: [p for p in renamed if p != of and any(map(found_by[p].search, names))]
+        for of, names in renamed.items()
+    }
+    return graphlib.TopologicalSorter(before).static_order()
 
 
 def _unused(plan: Plan, model: Model) -> list[str]:
