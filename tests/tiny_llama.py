@@ -35,7 +35,8 @@ def weights_of(
     """Weights 1.3 times the usual size; norms and biases are no ones and zeros either."""
 
     def shift(path: str, value: torch.Tensor) -> torch.Tensor:
-        if value.dim() > 1 and not path.endswith("_bias"):
+        is_drawn = bool((value != value.flatten()[0]).any())  # norms of heads are no matrices
+        if value.dim() > 1 and is_drawn:
             return scale * value
         generator = torch.Generator().manual_seed(hash_of(path))
         return value + 0.3 * torch.randn(value.shape, generator=generator)

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -257,8 +256,7 @@ def mix(p: Any, x: Tensor, segment_ids: Tensor | None, sizes: Mixer) -> Tensor:
     )  # (*batch, seq, heads, head_dim)
     y = y.flatten(-2) * F.silu(z.float())
     y = group_norm(y, p["gate_norm"].float().flatten(), sizes).to(x.dtype)
-    out = einsum(y, p["out"].flatten(1), "... f, e f -> ... e")  # (*batch, seq, hidden)
-    return out + p["out_bias"] if sizes.bias else out
+    return F.linear(y, p["out"].flatten(1), p.get("out_bias"))  # (*batch, seq, hidden)
 
 
 def group_norm(x: Tensor, weight: Tensor, sizes: Mixer) -> Tensor:
@@ -271,9 +269,9 @@ def group_norm(x: Tensor, weight: Tensor, sizes: Mixer) -> Tensor:
 
 
 def _project(p: Any, x: Tensor, name: str) -> Tensor:
-    """One part of in_proj: (*batch, seq, hidden) -> (*batch, seq, its size)."""
-    y = einsum(x, p[name].flatten(0, -2), "... e, f e -> ... f")
-    return y + p[f"{name}_bias"].flatten() if f"{name}_bias" in p else y
+    """One part of in_proj: (*batch, seq, hidden) -> (*batch, seq, its size); rounded once."""
+    bias = p[f"{name}_bias"].flatten() if f"{name}_bias" in p else None
+    return F.linear(x, p[name].flatten(0, -2), bias)
 
 
 mixer = fm.block(mix)

@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
@@ -109,14 +110,18 @@ def norm_over_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rearrange(flat, "... (h d) -> ... h d", d=x.shape[-1])
 
 
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The hidden state's heads. With the bias it is rounded once: a norm comes next."""
+    bias = None if bias is None else bias.flatten()
+    return F.linear(x, weight.flatten(0, 1), bias).unflatten(-1, weight.shape[:2])
+
+
 @fm.block
 def attention(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | None, cfg: Config):
     """Grouped-query self-attention with normalised, then rotated queries and keys."""
-    q = einsum(x, p["q"], "... e, h d e -> ... h d")  # (*batch, seq, heads, head_dim)
-    k = einsum(x, p["k"], "... e, h d e -> ... h d")  # (*batch, seq, kv_heads, head_dim)
-    v = einsum(x, p["v"], "... e, h d e -> ... h d")  # (*batch, seq, kv_heads, head_dim)
-    if "q_bias" in p:
-        q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
+    q = project(x, p["q"], p.get("q_bias"))  # (*batch, seq, heads, head_dim)
+    k = project(x, p["k"], p.get("k_bias"))  # (*batch, seq, kv_heads, head_dim)
+    v = project(x, p["v"], p.get("v_bias"))  # (*batch, seq, kv_heads, head_dim)
     q = norm_over_heads(q, p["q_norm"], cfg.rms_norm_eps)
     k = norm_over_heads(k, p["k_norm"], cfg.rms_norm_eps)
     q, k = ops.rope(
@@ -128,8 +133,7 @@ def attention(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | None, 
         max_position=cfg.max_position_embeddings,
     )
     o = ops.attention(q, k, v, segment_ids=segment_ids)  # (*batch, seq, heads, head_dim)
-    out = einsum(o, p["o"], "... h d, e h d -> ... e")  # (*batch, seq, hidden)
-    return out + p["o_bias"] if "o_bias" in p else out
+    return F.linear(o.flatten(-2), p["o"].flatten(1), p.get("o_bias"))  # (*batch, seq, hidden)
 
 
 @fm.block

@@ -47,7 +47,8 @@ def weights_of(model: fm.Model, dtype: torch.dtype = torch.float32, scale: float
     def shift(path: str, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(sum(map(ord, path)))
         noise = torch.randn(value.shape, generator=generator)
-        is_matrix = value.dim() > 1 and not path.endswith("_bias")
+        is_drawn = bool((value != value.flatten()[0]).any())  # norms of heads are no matrices
+        is_matrix = value.dim() > 1 and is_drawn
         return (scale * value if is_matrix else value + 0.3 * noise).to(dtype)
 
     return fm.tree.map_with_path(shift, fm.init(model, seed=0))

@@ -97,7 +97,7 @@ def theirs(row: Row, module: Any, task: str, tokens: torch.Tensor, folder: Path)
 
 
 def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **fault: Any) -> None:
-    """float32: equal to rounding. bfloat16: no further from float32 than transformers is.
+    """float32: equal to rounding. bfloat16: no further from transformers' float32 than its own is.
 
     `fault`: fields changed on our side alone, once the weights are drawn.
     """
@@ -121,14 +121,14 @@ def compare(row: Row, folder: Path, dtype: torch.dtype, variation: str = "", **f
         for key, grad in grads.items():
             torch.testing.assert_close(grad, peer_grads[key], rtol=1e-3, atol=4e-6, msg=key)
         return
-    exact = fm.tree.map(torch.Tensor.float, weights)
-    exact_logits, exact_states, exact_grads = ours(row, model, exact, tokens)
-    for (mine, peers), right in zip(pairs, [exact_logits, *exact_states], strict=False):
+    wide = peer_of(row, folder / "weights", torch.float32)
+    right_logits, right_states, exact = theirs(row, wide, model.task, tokens, folder / "exact")
+    for (mine, peers), right in zip(pairs, [right_logits, *right_states], strict=False):
         noise = 1.3 if right.numel() > 100 else 5  # of a few scores, one may be off by luck
         assert error(mine, right) < noise * error(peers, right) < noise * 0.06
     # One tensor's ratio is noise, most for the small biases; the mean over the tensors is not.
-    ratios = {k: error(g, exact_grads[k]) / error(peer_grads[k], exact_grads[k])
-              for k, g in grads.items() if exact_grads[k].norm() > 0}  # fmt: skip
+    ratios = {k: error(g, exact[k]) / error(peer_grads[k], exact[k])
+              for k, g in grads.items() if exact[k].norm() > 0}  # fmt: skip
     assert statistics.geometric_mean(ratios.values()) < 1.3
     assert max(ratios.values()) < 5, ratios
 

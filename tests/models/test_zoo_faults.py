@@ -1,7 +1,7 @@
 """What the zoo's comparisons must see: faults in bfloat16, of a tensor's name, and of a round trip.
 
-tests/models/test_zoo.py plants faults of each row's config in float32. In bfloat16 only the large
-ones are seen: what it measures from is our own float32, which has the fault, too.
+tests/models/test_zoo.py plants faults of each row's config in float32. In bfloat16 those are seen
+that change more than its rounding does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,27 @@ from tests.models.test_zoo import ROWS, compare
 
 torch.set_num_threads(1)
 
-LARGE = {
-    "llama": "theta",
-    "gemma2": "window",
-    "gpt2": "scale",
-    "bert": "eps",
+# Faults that are no larger than rounding, and those of routers that choose: here all are chosen.
+SMALL = {
+    "gemma2": ("scale",),
+    "glm4_moe": ("k", "renormalised"),
+    "gpt_oss": ("k",),
+    "granite_moe_hybrid": ("k",),
+    "lfm2": ("theta",),
+    "mixtral": ("k",),
+    "olmoe": ("k", "renormalised"),
+    "qwen3_moe": ("k", "renormalised"),
+    "qwen3_next": ("k", "renormalised"),
 }
+LARGE = {name: next(fault for fault in row.faults if fault not in SMALL.get(name, ()))
+         for name, row in ROWS.items()}  # fmt: skip
+QUICK = ("llama", "gemma2", "gpt2", "bert")
 NARROW = ["llama", "qwen3", "gemma2", "gpt2", "mixtral", "bert"]
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LARGE]
+)
 def test_a_large_fault_is_seen_in_bfloat16(name, tmp_path):
     row = ROWS[name]
     with pytest.raises(AssertionError):
