@@ -35,6 +35,7 @@ class Config(hf_config.ZooConfig):
         "attention_dropout": (0, 0.0),
         "pretraining_tp": (1,),
         "use_parallel_block": (True,),
+        "rope_interleaved": (None, True),  # neighbours are turned, not halves
     }
     READS = ("model_max_length",)  # what serving is meant for; positions go on as they are
 

@@ -45,6 +45,7 @@ class Config(hf_config.ZooConfig):
 
     MODEL_TYPE = "granitemoehybrid"
     LAYER_TYPES = ("linear_attention", "full_attention")
+    LEAST_EXPERTS = 0
     ONLY = {
         "hidden_act": ("silu",),
         "attention_dropout": (0, 0.0),

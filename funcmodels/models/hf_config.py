@@ -35,6 +35,7 @@ INERT = frozenset(
 
 # How the folder's tensors are stored: no part of the function, and the engine's affair.
 QUANTISED = "quantization_config"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number
 
 # The fields of each rotary scaling: those it needs, and those it may have.
 _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -84,6 +85,7 @@ class ZooConfig:
         ONLY: field -> the values that the model file implements; others are refused.
         READS: fields that only `unless_given` and `plain` look at.
         LAYER_TYPES: what a field `layer_types` may hold.
+        LEAST_EXPERTS: how few a model of experts may have; 0 where it is then one without.
         hf: the mapping it was read from.
     """
 
@@ -91,12 +93,14 @@ class ZooConfig:
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     READS: ClassVar[tuple[str, ...]] = ()
     LAYER_TYPES: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
+    LEAST_EXPERTS: ClassVar[int] = 1
 
     hf: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_heads(vars(self))
         _check_layer_types(vars(self), self.LAYER_TYPES)
+        _check_experts(vars(self), self.LEAST_EXPERTS)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
@@ -190,6 +194,27 @@ def _check_heads(cfg: Mapping[str, Any]) -> None:
             got=f"head_dim={cfg['head_dim']}",
             need="an even head_dim",
             fix=f"head_dim={cfg['head_dim'] + 1}",
+        )
+
+
+def _check_experts(cfg: Mapping[str, Any], least: int) -> None:
+    """Enough experts, of which each token takes some.
+
+    Raises:
+        ConfigError: there are too few, or none is taken.
+    """
+    name = next((key for key in EXPERTS if key in cfg), None)
+    taken = cfg.get("num_experts_per_tok")
+    if name is None or taken is None or cfg[name] == 0 == least:
+        return
+    if not 0 < taken <= cfg[name]:
+        raise ConfigError(
+            "tokens cannot take so many experts",
+            got=f"{name}={cfg[name]}, num_experts_per_tok={taken}",
+            need=f"num_experts_per_tok from 1 to {name}",
+            fix=f"num_experts_per_tok={cfg[name]}"
+            if cfg[name] > 0 and taken > 0
+            else f"the numbers of the checkpoint: {name}=8, num_experts_per_tok=2, say",
         )
 
 

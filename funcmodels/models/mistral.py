@@ -127,6 +127,16 @@ def decoder_layer(p: Any, x: Tensor, positions: Tensor, segment_ids: Tensor | No
     return x + mlp(p["mlp"], h)
 
 
+def hidden(
+    params: Any, tokens: Tensor, positions: Tensor, segment_ids: Tensor | None, cfg: Config
+) -> Tensor:
+    """The normalised states that the logits are made of: (*batch, seq) -> (*batch, seq, hidden)."""
+    x = ops.embed(tokens, params["embed"])  # (*batch, seq, hidden)
+    for p in params["layers"]:
+        x = decoder_layer(p, x, positions, segment_ids, cfg)
+    return ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
+
+
 def forward(
     params: Any,
     tokens: Tensor,
@@ -136,10 +146,7 @@ def forward(
     cfg: Config,
 ) -> Tensor:
     """Logits (*batch, seq, vocab) of tokens (*batch, seq); also (num_tokens,) -> (.., vocab)."""
-    x = ops.embed(tokens, params["embed"])  # (*batch, seq, hidden)
-    for p in params["layers"]:
-        x = decoder_layer(p, x, positions, segment_ids, cfg)
-    x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
+    x = hidden(params, tokens, positions, segment_ids, cfg)
     head = params["embed"] if cfg.tie_word_embeddings else params["head"]
     return ops.unembed(x, head)  # (*batch, seq, vocab)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from einops import einsum
 from torch import Tensor
@@ -79,6 +79,23 @@ class Config(hf_config.ZooConfig):
     def plain(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the original length that transformers takes where a config says none."""
         return {"original_max_position_embeddings": 4096, **hf}
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """Also where longrope is named "su" or "yarn", as in the first of them.
+
+        It is written as "longrope": transformers 5 does not read its old names.
+        """
+        return super().from_hf({key: _renamed(value) for key, value in hf.items()})
+
+
+def _renamed(value: Any) -> Any:
+    """A field of config.json; of a scaling, with the name that it has now."""
+    if not isinstance(value, Mapping) or "long_factor" not in value:
+        return value
+    rope = dict(value)
+    kinds = {rope.pop(key, None) for key in ("type", "rope_type")}
+    return {**rope, "rope_type": "longrope"} if kinds & {"su", "yarn"} else value
 
 
 def params(cfg: Config) -> dict[str, Any]:

@@ -21,6 +21,8 @@ ZOO = {
     "LlamaForSequenceClassification": "funcmodels.models.llama_classifier",
     "FmLlamaModel": "funcmodels.models.llama_embedding",
     "LlamaModel": "funcmodels.models.llama_embedding",
+    "FmMistralModel": "funcmodels.models.mistral_embedding",
+    "MistralModel": "funcmodels.models.mistral_embedding",
     "FmQwen3ForSequenceClassification": "funcmodels.models.qwen3_classifier",
     "Qwen3ForSequenceClassification": "funcmodels.models.qwen3_classifier",
     "FmQwen3Model": "funcmodels.models.qwen3_embedding",

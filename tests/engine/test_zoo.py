@@ -212,7 +212,10 @@ def test_equals_the_pure_function(name, variation, runs):
 NOISE = 1.3
 
 
-@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe", "mamba2", "qwen3_next"])
+BFLOAT16 = ["bert", "qwen3", "qwen3_moe", "mamba2", "lfm2", "granite_moe_hybrid", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_in_bfloat16(name, tmp_path):
     """An encoder, a dense model, a mixture and states, as near to float32 as the pure function is.
 

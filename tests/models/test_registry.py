@@ -26,6 +26,7 @@ HEADED = {
     "BertForPreTraining": "bert",
     "ModernBertForMaskedLM": "modernbert",
     "LlamaForCausalLM": "llama_embedding",
+    "MistralForCausalLM": "mistral_embedding",
     "Qwen3ForCausalLM": "qwen3_embedding",
 }
 

@@ -1,0 +1,70 @@
+"""Mistral as an embedding model: the decoder of models/mistral.py without its logits.
+
+One vector a sequence by `pooling`, of length 1 with `normalize`: `fm.load_model` reads both from
+modules.json, as sentence-transformers writes it, or from config.json.
+
+Checked with: tiny random `transformers` models; the config of E5-Mistral.
+Published weights were not run.
+Not supported: attention to both sides, instructions before the text (write them into it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+import funcmodels as fm
+from funcmodels.models import mistral
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(mistral.Config):
+    """Mistral's; `pooling` and `normalize` are ours."""
+
+    ONLY = {**mistral.Config.ONLY, "pooling": ("last", "mean", "cls")}
+
+    pooling: Literal["last", "mean", "cls"]
+    normalize: bool = False
+
+
+def params(cfg: Config) -> dict[str, Any]:
+    """Mistral's parameters but the logits'; the checkpoint has no "model." before their names."""
+    decoder = {key: p for key, p in mistral.params(cfg).items() if key != "head"}
+    return fm.tree.map(
+        lambda p: dataclasses.replace(p, hf=p.hf.removeprefix("model.")),
+        decoder,
+    )
+
+
+def forward(
+    params: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    segment_ids: Tensor | None = None,
+    *,
+    cfg: Config,
+) -> Tensor:
+    """Hidden states (*batch, seq, hidden) of tokens (*batch, seq)."""
+    return mistral.hidden(params, tokens, positions, segment_ids, cfg)
+
+
+def model(cfg: Config) -> fm.Model:
+    """The embedding model of a config."""
+    return fm.Model(
+        "FmMistralModel",
+        config=cfg,
+        params=params(cfg),
+        forward=functools.partial(forward, cfg=cfg),
+        sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp"},
+        hf_config=cfg.to_hf(),
+        hf_architectures=("MistralModel",),
+        hf_ignored=("lm_head.weight",),
+        hf_prefix="model.",  # of checkpoints that generate text
+        task="embed",
+        pooling=cfg.pooling,
+        normalize=cfg.normalize,
+    )
