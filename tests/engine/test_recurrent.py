@@ -7,7 +7,9 @@ import funcmodels as fm
 from funcmodels.errors import FuncModelsError
 from tests.engine.harness import engine_model, generate, make_llm, run_in_engine
 from tests.engine.recurrences import loose_model, recurrent_model
-from tests.engine.tiny import check, expected, register, saved, serve_model
+from tests.engine.test_zoo import NOISE, excess
+from tests.engine.tiny import PROMPTS, check, expected, register, saved, serve_model
+from tests.models.zoo import rows
 
 MODELS = {
     "linear": ("linear",),
@@ -195,16 +197,18 @@ def test_no_state_of_another_request_is_seen(many):
     check(second, want)
 
 
+def not_begun(source):
+    """A fault: new requests find what is in their places."""
+    assert "cache[batch.new] = init" in source
+    return source.replace("cache[batch.new] = init", "pass")
+
+
 def test_a_planted_fault_is_seen(many):
     """A state that is not begun anew."""
     model, folder, prompts, want = many
 
     def run():
-        def plant(source):
-            assert "cache[batch.new] = init" in source
-            return source.replace("cache[batch.new] = init", "pass")
-
-        register(model, plant)
+        register(model, not_begun)
         llm = make_llm(folder, max_model_len=512, max_num_seqs=4, **OPTIONS)
         generate(llm, prompts)
         return generate(llm, prompts, prompt_logprobs=True)
@@ -212,6 +216,35 @@ def test_a_planted_fault_is_seen(many):
     served = run_in_engine(run)
     with pytest.raises(AssertionError):
         check(served, want)
+
+
+def test_a_kernel_that_takes_bfloat16_alone(tmp_path):
+    """The delta rule of 64 features: prompts are cut anywhere, and places hold NaN or old states.
+
+    Each time the engine is as near to float32 as the pure function in bfloat16 is.
+    """
+    row = rows()["qwen3_next"]
+    model = row.model(**row.no_choice)
+    weights = row.weights(model, torch.bfloat16)
+    fm.save(model, weights, tmp_path)
+
+    def run(edit, *budgets):
+        assert "DeltaRuleKernel" in register(model, edit).source
+        llm = make_llm(tmp_path, dtype="bfloat16", max_num_seqs=4, **OPTIONS)
+        found, places = [], states_of(llm)
+        for states in places:
+            states.fill_(torch.nan)
+        for budget in budgets:
+            scheduler_of(llm).max_num_scheduled_tokens = budget
+            found.append(generate(llm, PROMPTS, prompt_logprobs=True))
+        return len(places), found
+
+    exact = fm.tree.map(torch.Tensor.float, weights)
+    places, found = run_in_engine(run, None, 256, 1, 7, 63, 64, 65)
+    assert places
+    assert all(excess(model, exact, weights, served) < NOISE for served in found)
+    _, [faulty] = run_in_engine(run, not_begun, 256)
+    assert not excess(model, exact, weights, faulty) < NOISE
 
 
 def serve_twice(model, folder, prompts, tp=1, edit=None):
