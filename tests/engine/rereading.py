@@ -14,25 +14,16 @@ from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
+from tests.engine.unusual import TABLE, attention_weights, norm, project
 
 LAYERS, HASHES = 3, 97
-P = fm.axes(
-    vocab=256,
-    hidden=128,
-    heads=4,
-    kv_heads=2,
-    head_dim=32,
-    mlp=192,
-    own=32,
-    hashes=HASHES,
-    width=64,
-)
+P = fm.axes(vocab=256, hidden=128, mlp=192, own=32, hashes=HASHES, width=64)
 
 
 @fm.block
 def attention(p: Any, x: Tensor, positions: Tensor, value: Tensor | None, segment_ids) -> Tensor:
-    h = ops.rms_norm(x, p["norm"], eps=1e-5)
-    q, k, v = (einsum(h, p[name], "... e, h d e -> ... h d") for name in "qkv")
+    h = norm(x, p["norm"])
+    q, k, v = (project(h, p[name]) for name in "qkv")
     if value is not None:
         v = v + p["mix"] * value.unflatten(-1, v.shape[-2:])
     q, k = ops.rope(q, k, positions, theta=1e4)
@@ -42,7 +33,7 @@ def attention(p: Any, x: Tensor, positions: Tensor, value: Tensor | None, segmen
 
 @fm.block
 def mlp(p: Any, x: Tensor, tokens: Tensor) -> Tensor:
-    h = ops.rms_norm(x, p["norm"], eps=1e-5)
+    h = norm(x, p["norm"])
     own = ops.embed(tokens, p["embed"]) @ p["widen"]
     h = torch.relu(einsum(h, p["up"], "... e, f e -> ... f") + own).square()
     return x + einsum(h, p["down"], "... f, e f -> ... e")
@@ -60,20 +51,13 @@ def forward(params: Any, tokens: Tensor, positions: Tensor, segment_ids=None) ->
         own = None if i == 1 else value
         x = attention(p["attn"], x, positions, own, segment_ids)
         x = mlp(p["mlp"], x, tokens)
-    return ops.unembed(ops.rms_norm(x, params["norm"], eps=1e-5), params["head"])
+    return ops.unembed(norm(x, params["norm"]), params["head"])
 
 
 def layer(has_value: bool) -> dict[str, Any]:
     mix = {"mix": P("", init="ones")} if has_value else {}
     return {
-        "attn": {
-            "norm": P("hidden", init="ones"),
-            "q": P("heads head_dim hidden"),
-            "k": P("kv_heads head_dim hidden"),
-            "v": P("kv_heads head_dim hidden"),
-            "o": P("hidden heads head_dim"),
-        }
-        | mix,
+        "attn": attention_weights() | mix,
         "mlp": {
             "norm": P("hidden", init="ones"),
             "embed": P("vocab own"),
@@ -96,5 +80,5 @@ model = fm.Model(
         "head": P("vocab hidden"),
     },
     forward=forward,
-    sharding={"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "hashes": "tp"},
+    sharding={**TABLE, "hashes": "tp"},
 )

@@ -41,6 +41,17 @@ def project(x: Tensor, w: Tensor) -> Tensor:
     return einsum(x, w, "... e, h d e -> ... h d")
 
 
+def attention_weights() -> dict[str, Any]:
+    """Of a layer whose heads stay apart, with its norm."""
+    return {
+        "norm": P("hidden", init="ones"),
+        "q": P("heads head_dim hidden"),
+        "k": P("kv_heads head_dim hidden"),
+        "v": P("kv_heads head_dim hidden"),
+        "o": P("hidden heads head_dim"),
+    }
+
+
 # Stacked: weights of all layers in one tensor; what flows between layers is irregular
 
 
@@ -212,14 +223,7 @@ def mapped_forward(params, tokens, positions, segment_ids=None):
 
 
 def mapped_own() -> dict[str, Any]:
-    return {
-        "norm": P("hidden", init="ones"),
-        "q": P("heads head_dim hidden"),
-        "k": P("kv_heads head_dim hidden"),
-        "v": P("kv_heads head_dim hidden"),
-        "o": P("hidden heads head_dim"),
-        "gain": P("heads", init="ones"),
-    }
+    return attention_weights() | {"gain": P("heads", init="ones")}
 
 
 def saving_own() -> dict[str, Any]:
@@ -270,14 +274,9 @@ def crossing_forward(params, tokens, positions, segment_ids=None):
 
 
 def crossing_own() -> dict[str, Any]:
-    return {
-        "norm": P("hidden", init="ones"),
-        "q": P("heads head_dim hidden"),
-        "k": P("kv_heads head_dim hidden"),
-        "v": P("kv_heads head_dim hidden"),
+    return attention_weights() | {
         "scale": P("columns", init="ones"),
         "shift": P("columns", init="zeros"),
-        "o": P("hidden heads head_dim"),
         "up": P("mlp hidden"),
         "down": P("hidden mlp"),
     }
