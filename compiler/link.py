@@ -25,6 +25,7 @@ from compiler.recurrence import Recurrence, recurrence
 from compiler.rules import LocalValues
 from compiler.run_recurrence import run_recurrence
 from funcmodels.finite import watching
+from funcmodels.ops.einsum import einsum_of_letters
 from funcmodels.remat import remat
 
 Function = Callable[..., Any]
@@ -178,6 +179,8 @@ class _BlockLinker:
     def _on_rank(self, target: Any) -> Function:
         """A function, with the rank and its collectives where it asks for them."""
         comm = self.setting.comm
+        if target is torch.einsum:  # whose gradients are laid out otherwise
+            return einsum_of_letters
         if target in GROUP_FUNCTIONS:
             group = GROUP_FUNCTIONS[target]
             return _named(lambda *args, **kwargs: group(comm, [(args, kwargs)])[0], target.__name__)

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.models import hf_config
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

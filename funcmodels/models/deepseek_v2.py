@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -30,6 +29,7 @@ from funcmodels.errors import ConfigError
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
 from funcmodels.models.qwen3 import mlp
+from funcmodels.ops import einsum
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps is
 

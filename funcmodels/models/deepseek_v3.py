@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -29,6 +28,7 @@ from funcmodels.models import deepseek_v2, hf_config
 from funcmodels.models.deepseek_v2 import attention, in_best_groups
 from funcmodels.models.hf_config import RopeScaling
 from funcmodels.models.qwen3 import mlp
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

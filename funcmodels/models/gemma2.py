@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
+from funcmodels.ops import einsum
 
 
 def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -29,6 +28,7 @@ from funcmodels.models import deepseek_v2, hf_config
 from funcmodels.models.deepseek_v3 import mixture, router_bias
 from funcmodels.models.hf_config import RopeScaling, unless_given
 from funcmodels.models.qwen3 import mlp
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -27,6 +26,7 @@ from funcmodels import ops
 from funcmodels.errors import ConfigError
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import unless_given
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -25,6 +24,7 @@ from funcmodels import ops
 from funcmodels.errors import ConfigError
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling
+from funcmodels.ops import einsum
 
 # The `approximate` of F.gelu under Hugging Face's names.
 GELU = {"gelu": "none", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}

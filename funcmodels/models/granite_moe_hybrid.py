@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -34,6 +33,7 @@ from funcmodels.errors import ConfigError
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
 from funcmodels.models.mamba2 import Mixer, mixer, mixer_params
+from funcmodels.ops import einsum
 
 # Names of layers in older configs -> those of transformers 5.
 _LAYERS = {"mamba": "linear_attention", "attention": "full_attention"}

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 import funcmodels as fm
 from funcmodels import ops
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

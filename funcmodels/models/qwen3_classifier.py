@@ -14,12 +14,12 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
 from funcmodels.models import hf_config, qwen3
 from funcmodels.models.hf_config import unless_given
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -28,6 +27,7 @@ from funcmodels import ops
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
 from funcmodels.models.qwen3 import mlp
+from funcmodels.ops import einsum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -39,6 +38,7 @@ from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
 from funcmodels.models.qwen3 import mlp
 from funcmodels.models.qwen3_moe import mixture as routed
+from funcmodels.ops import einsum
 
 
 def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:

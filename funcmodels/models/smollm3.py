@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from einops import einsum
 from torch import Tensor
 
 import funcmodels as fm
@@ -24,6 +23,7 @@ from funcmodels import ops
 from funcmodels.errors import ConfigError
 from funcmodels.models import hf_config
 from funcmodels.models.hf_config import RopeScaling, unless_given
+from funcmodels.ops import einsum
 
 
 def _no_rope_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:

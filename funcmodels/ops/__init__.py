@@ -3,6 +3,7 @@
 from funcmodels.ops.associative_scan import associative_scan
 from funcmodels.ops.attention import attention
 from funcmodels.ops.delta_rule import gated_delta_rule
+from funcmodels.ops.einsum import einsum
 from funcmodels.ops.embed import embed, unembed
 from funcmodels.ops.glu import geglu, swiglu
 from funcmodels.ops.latent_attention import latent_attention
@@ -20,6 +21,7 @@ __all__ = [
     "associative_scan",
     "attention",
     "cross_entropy",
+    "einsum",
     "embed",
     "experts",
     "gated_delta_rule",

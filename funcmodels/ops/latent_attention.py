@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcmodels.errors import ShapeError
 from funcmodels.ops.attention import attention
+from funcmodels.ops.einsum import einsum
 from funcmodels.ops.primitive import primitive
 
 
@@ -47,7 +48,7 @@ def latent_attention(
     """
     _check(q_nope, q_rope, latent, k_rope, kv_up)
     heads, nope = q_nope.shape[-2:]
-    kv = torch.einsum("...r,hdr->...hd", latent, kv_up)  # (*batch, seq, heads, nope + dv)
+    kv = einsum(latent, kv_up, "... r, h d r -> ... h d")  # (*batch, seq, heads, nope + dv)
     k_nope, v = kv.split([nope, kv.shape[-1] - nope], dim=-1)
     shared = k_rope.expand(*k_rope.shape[:-2], heads, k_rope.shape[-1])
     q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, shared), dim=-1)
