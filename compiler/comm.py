@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -301,7 +300,7 @@ class Processes(Comm):
             wait(before)
         result = collective(x.contiguous(), *args, self.group, **options)
         if queued:
-            self.before = weakref.ref(result)  # who has not waited for it, holds it
+            self.before = ref(result)  # who has not waited for it, holds it
         return result
 
     def start_total(self, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ Not supported: attention to both sides, instructions before the text (write them
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import funcmodels as fm
 from funcmodels.models import mistral
+from funcmodels.models.decoder import without_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,8 @@ class Config(mistral.Config):
 
 
 def params(cfg: Config) -> dict[str, Any]:
-    """Mistral's parameters but the logits'; the checkpoint has no "model." before their names."""
-    decoder = {key: p for key, p in mistral.params(cfg).items() if key != "head"}
-    return fm.tree.map(
-        lambda p: dataclasses.replace(p, hf=p.hf.removeprefix("model.")),
-        decoder,
-    )
+    """Mistral's parameters but the logits'."""
+    return without_logits(mistral.params(cfg))
 
 
 def forward(
