@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, ModuleType
 
+import einops
 import torch
+
+
+def _folder(module: ModuleType) -> str:
+    return os.path.dirname(os.path.abspath(str(module.__file__))) + os.sep
+
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # Frames of these are ours or the libraries'; the first frame outside them is the user's. The zoo
@@ -15,8 +21,8 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _NOT_USERS = (
     _PACKAGE + os.sep,
     os.path.join(os.path.dirname(_PACKAGE), "compiler") + os.sep,
-    os.sep + os.path.join("site-packages", "torch") + os.sep,
-    os.sep + os.path.join("site-packages", "einops") + os.sep,
+    _folder(torch),  # wherever it is installed: site-packages, dist-packages, a checkout
+    _folder(einops),
 )
 _ZOO = os.path.join(_PACKAGE, "models") + os.sep
 
@@ -56,8 +62,6 @@ def is_users(filename: str) -> bool:
     """Whether a file is the user's: in the zoo, or outside our packages and the libraries."""
     known = _KNOWN.get(filename)
     if known is None:
-        known = filename.startswith(_ZOO) or not (
-            filename.startswith("<") or any(part in filename for part in _NOT_USERS)
-        )
+        known = filename.startswith(_ZOO) or not filename.startswith(("<", *_NOT_USERS))
         _KNOWN[filename] = known
     return known
