@@ -81,6 +81,35 @@ _SYNONYM = {
     "data": torch.detach,
     "real": torch.real,
     "imag": torch.imag,
+    "clip": torch.clamp,
+    "fix": torch.trunc,
+    "arcsin": torch.asin,
+    "arccos": torch.acos,
+    "arctan": torch.atan,
+    "arctan2": torch.atan2,
+    "arcsinh": torch.asinh,
+    "arccosh": torch.acosh,
+    "arctanh": torch.atanh,
+    "greater": torch.gt,
+    "greater_equal": torch.ge,
+    "less": torch.lt,
+    "less_equal": torch.le,
+    "not_equal": torch.ne,
+    "trapz": torch.trapezoid,
+    "special_expit": torch.sigmoid,
+    "special_exp2": torch.exp2,
+    "special_expm1": torch.expm1,
+    "special_log1p": torch.log1p,
+    "special_erf": torch.erf,
+    "special_erfc": torch.erfc,
+    "special_erfinv": torch.erfinv,
+    "special_logit": torch.logit,
+    "special_sinc": torch.sinc,
+    "special_round": torch.round,
+    "special_xlogy": torch.xlogy,
+    "special_softmax": torch.softmax,
+    "special_log_softmax": torch.log_softmax,
+    "special_logsumexp": torch.logsumexp,
 }
 _CASTS = {
     "float": torch.float32,
@@ -99,6 +128,9 @@ _SUMMED: dict[str, Any] = {"tensordot": 2, "outer": 0, "ger": 0, "inner": ([-1],
 # The dim along which they split, or put together what has it.
 _SPLITS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
 _STACKS = {"vstack": 0, "row_stack": 0, "column_stack": 1, "dstack": 2}
+# Methods whose function takes the tensor second: x.where(condition, y).
+_SECOND = {"where": ("condition", "other"), "polygamma": ("n",)}
+_DEVIATIONS = {"var", "std", "var_mean", "std_mean"}
 _TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile", "flip"}
 _IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu", "cuda"}
 _DEVICE_READS = {
@@ -135,6 +167,11 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     """The one spelling of a call that a TorchFunctionMode sees."""
     name = _name(func)
     args, kwargs = _in_place_of_names(func, name, args, _said(func, kwargs))
+    if name in _SECOND and func is getattr(Tensor, name):
+        x, first, *rest = (*args, *(kwargs[k] for k in _SECOND[name] if k in kwargs))
+        return getattr(torch, name), (first, x, *rest), {}
+    if name in _DEVIATIONS and len(args) == 2 and isinstance(args[1], bool):
+        return _as_torch(func, name), args[:1], {**kwargs, "correction": int(args[1])}
     if name in _TAKES_SIZES:
         args = _packed(args)
     if name in _REVERSED:
@@ -155,8 +192,9 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     if name in ("view_as", "reshape_as"):
         return torch.reshape, (args[0], tuple(args[1].shape)), {}
     if name in ("expand", "expand_as", "broadcast_to"):
-        sizes = args[1].shape if isinstance(args[1], Tensor) else args[1]
-        return Tensor.expand, (args[0], tuple(sizes)), {}
+        x, sizes = (*args[:2], *kwargs.values())[:2]
+        sizes = sizes.shape if isinstance(sizes, Tensor) else sizes
+        return Tensor.expand, (x, tuple(sizes)), {}
     if name in ("T", "mT", "t"):
         dims = args[0].ndim
         return (
@@ -224,16 +262,33 @@ _ARGUMENTS = {
     "vstack": ("tensors",),
     "dstack": ("tensors",),
     "column_stack": ("tensors",),
+    "where": ("condition", "input", "other"),
+    "trapezoid": ("y", "x"),
+    "trapz": ("y", "x"),
+    "cumulative_trapezoid": ("y", "x"),
+    "cosine_similarity": ("x1", "x2"),
+    "pairwise_distance": ("x1", "x2"),
 }
+# What torch's own functions take under numpy's names too.
+_NUMPY = {
+    "axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1", "x": "input",
+    "a": "input", "x1": "input", "x2": "other",
+}  # fmt: skip
 
 
 def _in_place_of_names(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Tensors by position, however they were given: `matmul(x, other=y)` as `matmul(x, y)`."""
+    """Tensors by position, however they were given: `matmul(x, other=y)` as `matmul(x, y)`.
+
+    And other arguments by torch's names: `cat(xs, axis=1)` as `cat(xs, dim=1)`.
+    """
     if func in primitive.ALL.values():
         bound = _signature(func).bind(*args, **kwargs)
         return bound.args, bound.kwargs
+    names = _ARGUMENTS.get(name, ("input", "other"))
+    if not isinstance(func, FunctionType):
+        kwargs = {k if k in names else _NUMPY.get(k, k): v for k, v in kwargs.items()}
     kwargs = dict(kwargs)
-    for argument in _ARGUMENTS.get(name, ("input", "other"))[len(args) :]:
+    for argument in names[len(args) :]:
         if argument not in kwargs:
             break
         args = (*args, kwargs.pop(argument))

@@ -95,7 +95,7 @@ def rms_norm_over_ranks(
 ) -> torch.Tensor:
     """Root-mean-square norm over a dim of which each rank has a part: their squares are summed."""
     wide = x.float()
-    squares = tensor_model_parallel_all_reduce(wide.pow(2).sum(-1, keepdim=True))
+    squares = tensor_model_parallel_all_reduce(wide.pow(2).sum(-1, keepdim=True).contiguous())
     count = x.shape[-1] * get_tensor_model_parallel_world_size()
     unit = wide * torch.rsqrt(squares / count + eps)
     if offset or rounds_once:

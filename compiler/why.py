@@ -7,25 +7,18 @@ from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
-from compiler import collectives
 from compiler.ir import TensorType, target_name
 from compiler.passes.lower_linear import why_no_linear
 from compiler.placement import Shard
 from compiler.rewrite import is_call, is_param
 from compiler.rules import vocab_embed
+from compiler.views import VIEWS
 from funcmodels import ops
 from funcmodels.source import SourceLine
 
 PRODUCTS = (torch.einsum, torch.matmul, F.linear, ops.unembed)
-# The same elements seen differently: no memory is moved, or only where torch must.
-VIEWS = (
-    torch.reshape, torch.transpose, torch.permute, torch.movedim, torch.unsqueeze, torch.squeeze,
-    torch.split, torch.chunk, torch.unbind, torch.detach, Tensor.expand, operator.getitem,
-    torch.tensor_split, torch.view_as_complex, torch.view_as_real, Tensor.view,
-    collectives.take_block,
-)  # fmt: skip
 
 
 def fix_of_parts(node: fx.Node, axis: str) -> str | None:

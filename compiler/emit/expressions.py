@@ -185,7 +185,9 @@ def _layer_norm(scope: Scope, node: fx.Node) -> str:
 def _all_reduce(scope: Scope, node: fx.Node) -> str:
     if not tensor_type(node).dtype.is_floating_point:
         return f"{scope.module.help('numbers_summed')}({scope.value(node.args[0])})"
-    return f"{scope.module.use('tensor_model_parallel_all_reduce')}({scope.value(node.args[0])})"
+    # Kernels read memory from one end to the other: of a view, other elements.
+    name = scope.module.use("tensor_model_parallel_all_reduce")
+    return f"{name}({scope.value(node.args[0])}.contiguous())"
 
 
 @special(rms_norm_over_ranks)

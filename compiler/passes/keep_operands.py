@@ -13,6 +13,7 @@ from compiler import collectives, layers
 from compiler.ir import Block, Program, TensorType
 from compiler.rewrite import copy_block, insert, is_call
 from compiler.rules import RULES, max_over_ranks, rms_norm_over_ranks, share_of_mean
+from compiler.views import may_share_memory
 
 # Which operands each writes into: the engine's kernels work in place.
 _OVERWRITES: dict[Any, tuple[int, ...]] = {
@@ -20,13 +21,6 @@ _OVERWRITES: dict[Any, tuple[int, ...]] = {
     layers.add_rms_norm: (0, 1),
     collectives.all_reduce: (0,),
 }
-# Results of these may be their operand's memory, seen otherwise. So may those of functions without
-# a rule, of which nothing is known.
-_VIEWS = {
-    torch.reshape, torch.flatten, torch.unflatten, torch.transpose, torch.permute, torch.movedim,
-    torch.unsqueeze, torch.squeeze, torch.split, torch.chunk, torch.unbind, torch.detach, Tensor.to,
-    operator.getitem, *collectives.ALL,
-}  # fmt: skip
 _PARTS = (torch.split, torch.chunk, torch.unbind)  # of which each result is memory of its own
 _OURS = (layers.linear, layers.experts, layers.attention, layers.silu_and_mul, layers.gelu_and_mul,
          layers.vocab_embedding, layers.latent_attention,
@@ -172,12 +166,12 @@ class _Block:
             return own.union(*(self._operand(node, i) for i in passed))
         if is_call(node, operator.getitem):
             return self._part(node)
-        if node.target is Tensor.expand:
-            return _NEVER
+        # Of a function without a rule nothing is known.
         known = node.target in RULES or node.target in _OURS or node.target is torch.clone
-        if known and node.target not in _VIEWS:
+        if known and not may_share_memory(node):
             return own
-        return frozenset().union(own, *(self.memory[n] for n in node.all_input_nodes))
+        never = _NEVER if node.target is Tensor.expand else frozenset()
+        return own.union(never, *(self.memory[n] for n in node.all_input_nodes))
 
     def _part(self, node: fx.Node) -> Memory:
         """The memory of an element of a tuple, or of a view by index."""

@@ -80,7 +80,7 @@ def _reduced(view: View, x: fx.Node) -> Decision | None:
     if not isinstance(at, Shard):
         return Decision({x: at}, at if count is None else (at,) * count)
     dims = view.arg(_DIM_AT.get(view.node.target, 1), "dim")
-    if dims is None:
+    if dims is None or dims in ((), []):  # of none given, most go over all
         return None
     gone = {dim_of(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
     if at.dim in gone:

@@ -445,3 +445,15 @@ def test_heads_that_no_layer_replicates():
         "o": P("hidden heads head_dim"),
     }
     assert fm.check(small(forward, params, TABLE), tp=2) == [1, 2]  # of 2 KV heads, never 4
+
+
+def test_what_ranks_sum_lies_in_one_piece():
+    """A slice of a pending sum: the engine's collectives read memory from one end to the other."""
+
+    def forward(params, tokens, positions, segment_ids=None):
+        x = ops.embed(tokens, params["embed"])
+        part = (torch.relu(x @ params["up"].T) @ params["up"])[..., 4:12]
+        return ops.unembed(x + torch.cat((part, part), -1), params["head"])
+
+    source = source_for_vllm(small(forward, {"up": P("mlp hidden")}, TABLE))
+    assert "tensor_model_parallel_all_reduce(part.contiguous())" in source

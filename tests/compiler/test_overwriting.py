@@ -209,6 +209,20 @@ def detach_operand(params, x, positions):
 
 
 @case
+def other_views(params, x, positions):
+    """Memory of an operand seen by other operations than reshapes, read after it is written."""
+    for p in params:
+        y = x @ p["gate"].T @ p["down"].T
+        seen = [
+            y.narrow(-1, 0, 16), y.unfold(-1, 16, 1).squeeze(-2), torch.real(y), y.conj(), +y,
+            torch.einsum("ab->ab", y), y.expand_as(y), y.tensor_split(1, -1)[0],
+        ]  # fmt: skip
+        h = ops.rms_norm(x + y, p["n2"], eps=1e-5)
+        x = h + sum(0.1 * i * v for i, v in enumerate(seen))
+    return x
+
+
+@case
 def expand_operand(params, x, positions):
     for p in params:
         v = p["n2"].expand(x.shape)

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import funcmodels as fm
+from compiler import evaluate
+from compiler.comm import Simulated
 from compiler.ir import Program
 from compiler.partition import partition
 from compiler.rules import RULES
 from compiler.trace import trace
+from compiler.views import may_share_memory
 from funcmodels import ops
 from tests.compiler.programs import allowed, check_on_ranks, inputs_of, small, weights_of
 
@@ -448,6 +451,21 @@ ROWS = [
     row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
     row("constants", lambda x: x + x.new_zeros(12, 4) + x.new_ones(4) + x.new_full((4,), 2.0)
         + torch.zeros(12, 4) + torch.ones(4) + torch.full((12, 4), 3.0), "a/tp b"),
+    # Other spellings
+    row("numpy's names", lambda x, y: torch.cat((torch.concatenate((x, y), axis=1).chunk(2, axis=1)[0], x), axis=-1),
+        "a b/tp", "a b", gathers=True, parts=(1, 2, 4)),
+    row("numpy's names of reductions", lambda x: torch.sort(torch.sum(x, axis=-1, keepdims=True), axis=1)[0]
+        + torch.argmax(a=x, axis=-1, keepdims=True) + x.mean(axis=1, keepdims=True), "a/tp b"),
+    row("numpy's names of dims", lambda x: torch.swapaxes(x, axis0=0, axis1=2).unsqueeze(axis=1)
+        + torch.unbind(x, axis=2)[0][:, None].squeeze(axis=1).T, "b/tp d c", parts=(1, 2, 4)),
+    row("the tensor second", lambda x, y: x.where(y > 0, y) + torch.where(condition=x > 0, input=x, other=y), "a/tp b", "a b"),
+    row("var of all", lambda x: torch.var(x, False) + x.std(True) + torch.var_mean(x, False)[0], "a b/tp", gathers=True, parts=(1, 2, 4)),
+    row("no dims are all", lambda x: x.sum(()) + torch.sum(x, dim=[]), "a b/tp", parts=(1, 2, 4)),
+    row("no dims are all, gathered", lambda x: x.amax(()) + x.mean(dim=[]) + torch.linalg.vector_norm(x, dim=()), "a b/tp",
+        gathers=True, parts=(1, 2, 4)),
+    row("names of sizes", lambda x: x[:, None].expand(size=(12, 3, 4)) + x.reshape(shape=(12, 1, 4)), "a/tp b"),
+    row("synonyms", lambda x, y: torch.clip(x, -0.5, 0.5) + x.clip(min=y) + torch.arctan(x) + torch.less_equal(x, y)
+        + torch.special.expit(x) + torch.special.softmax(x, 0), "a/tp b", "b"),
     # The model's own
     row("embed rows", lambda t, s, w: ops.embed(t, w), "e/tp b", tokens=True),
     row("embed columns", lambda t, s, w: ops.embed(t, w), "e a/tp", tokens=True),
@@ -510,6 +528,26 @@ def functions_of(program: Program) -> set[Any]:
     return {n.target for n in program.root.graph.nodes if n.op == "call_function"}
 
 
+def sharing_memory(program: Program, weights: Any, tokens: Tensor, positions: Tensor) -> list[Any]:
+    """Nodes of a program whose results are memory of an operand's."""
+    own = evaluate.local_weights(program, weights, Simulated(1))
+    memory: dict[Any, set[int]] = {
+        node: {own[str(node.target)][0].untyped_storage().data_ptr()}
+        for node in program.root.graph.nodes
+        if node.op == "get_attr"
+    }
+    found = []
+
+    def seen(node: Any, values: list[Any]) -> None:
+        leaves = [leaf for leaf in fm.tree.leaves(values) if isinstance(leaf, Tensor)]
+        memory[node] = {leaf.untyped_storage().data_ptr() for leaf in leaves} - {0}
+        if any(memory[node] & memory.get(n, set()) for n in node.all_input_nodes):
+            found.append(node)
+
+    evaluate.run(program, own, tokens, positions, seen=seen)
+    return found
+
+
 @pytest.mark.parametrize("case", ROWS, ids=lambda row: row.name)
 def test_rule(case: Row):
     model = case.model
@@ -521,6 +559,8 @@ def test_rule(case: Row):
     weights, (tokens, positions) = weights_of(model), inputs_of(5)
     for parts in case.parts:
         check_on_ranks(program, local, parts, weights, tokens, positions)
+    shared = sharing_memory(program, weights, tokens, positions)
+    assert not [n.target for n in shared if n.target in RULES and not may_share_memory(n)]
 
 
 def test_every_rule_has_a_row():
