@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -133,6 +134,8 @@ _SECOND = {"where": ("condition", "other"), "polygamma": ("n",)}
 _DEVIATIONS = {"var", "std", "var_mean", "std_mean"}
 _TAKES_SIZES = {"reshape", "view", "permute", "expand", "repeat", "tile", "flip"}
 _IDENTITY = {"contiguous", "clone", "requires_grad_", "alias", "cpu", "cuda"}
+# Of one tensor, and nothing beside it: one that drops was refused before.
+DROPOUT = re.compile(r"(feature_)?(alpha_)?dropout[123]?d?")
 _DEVICE_READS = {
     "is_cuda": lambda device: device.type == "cuda",
     "is_cpu": lambda device: device.type == "cpu",
@@ -146,7 +149,7 @@ def is_identity(func: Any, args: tuple, kwargs: dict) -> bool:
     if name == "to":  # a device alone: models are traced on none in particular
         given = (*args[1:], *kwargs.values())
         return not any(isinstance(v, (torch.dtype, Tensor)) for v in given)
-    return name in _IDENTITY or "dropout" in name  # one that drops was refused before
+    return name in _IDENTITY or DROPOUT.fullmatch(name) is not None
 
 
 def where_it_is(func: Any) -> Callable[[torch.device], Any] | None:

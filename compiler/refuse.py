@@ -17,14 +17,17 @@ from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 from compiler.ir import MODEL_DTYPE, target_name
+from compiler.normalize import DROPOUT
 from funcmodels.errors import FuncModelsError, TraceError
 from funcmodels.source import SourceLine, is_users, users_line
 
 _RANDOM = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
-    "bernoulli", "multinomial", "poisson", "dropout", "alpha_dropout", "feature_dropout",
-    "feature_alpha_dropout", "rrelu", "gumbel_softmax", "scaled_dot_product_attention_dropout",
+    "bernoulli", "binomial", "multinomial", "poisson", "rrelu", "gumbel_softmax", "native_dropout",
+    "_standard_gamma", "_sample_dirichlet",
 }  # fmt: skip
+# Where attention's share that is dropped stands among the arguments.
+_DROPOUT_AT = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
 _READS_VALUE = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__",
     "nonzero", "unique", "masked_select", "equal", "allclose", "is_nonzero",
@@ -68,7 +71,7 @@ def defined(fn: Callable[..., Any]) -> SourceLine | None:
 def impure(func: Any, args: tuple, kwargs: dict) -> None:
     """Refuse an operation that writes into a tensor, draws random numbers or reads a value."""
     name = getattr(func, "__name__", "")
-    if (name in _RANDOM or kwargs.get("dropout_p")) and not _switched_off(name, args, kwargs):
+    if name in _RANDOM or _drops(name, args, kwargs):
         raise TraceError(
             f"torch.{name} draws random numbers",
             need="a pure function: the same arguments give the same result",
@@ -129,13 +132,18 @@ def raised_at(error: Exception) -> SourceLine | None:
     return lines[-1] if lines else None
 
 
-def _switched_off(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether a dropout is told to do nothing."""
-    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-    training = kwargs.get("training", args[2] if len(args) > 2 else True)
-    if "dropout_p" in kwargs:
+def _drops(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether elements are dropped, by a dropout or within attention."""
+
+    def given(i: int, argument: str, default: Any) -> Any:
+        return kwargs.get(argument, args[i] if len(args) > i else default)
+
+    if (at := _DROPOUT_AT.get(name)) is not None:
+        return bool(given(at, "dropout_p", 0.0)) and given(at + 3, "training", True)
+    if not DROPOUT.fullmatch(name):
         return False
-    return "dropout" in name and (p == 0 or not training)
+    training = kwargs.get("train", given(2, "training", True))
+    return bool(given(1, "p", 0.5)) and training
 
 
 def _out_of_place(name: str) -> str:

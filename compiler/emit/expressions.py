@@ -55,6 +55,8 @@ def expression(scope: Scope, node: fx.Node) -> str:
         return _SPECIAL[node.target](scope, node)
     if node.target in _INFIX and len(node.args) == 2 and not node.kwargs:
         left, right = (scope.value(a) for a in node.args)
+        if node.target is torch.pow and left.startswith("-"):  # -1 ** x is -(1 ** x)
+            left = f"({left})"
         return f"{left} {_INFIX[node.target]} {right}"
     args = [_value(scope, a) for a in node.args]
     args += [f"{name}={_value(scope, v)}" for name, v in node.kwargs.items() if v is not None]
@@ -110,7 +112,7 @@ def _einsum(scope: Scope, node: fx.Node) -> str:
 @special(operator.getitem)
 def _getitem(scope: Scope, node: fx.Node) -> str:
     index = node.args[1]
-    parts = index if isinstance(index, tuple) else (index,)
+    parts = index if isinstance(index, tuple) and index else (index,)
     return f"{scope.value(node.args[0])}[{', '.join(_index(scope, p) for p in parts)}]"
 
 

@@ -74,6 +74,8 @@ def product_of(node: fx.Node) -> Product | str:
     shared = set(found.x_letters) & set(found.w_letters)
     if not shared:
         return "an outer product: it sums over no dim"
+    if not _as_long(found, shared):
+        return "a dim of 1 of one factor stands for all of the other's"
     if shared & set(found.result):
         return "it applies another matrix to each element of a dim, as to each head"
     if sorted(found.result) != sorted(set(found.x_letters) ^ set(found.w_letters)):
@@ -85,6 +87,13 @@ def product_of(node: fx.Node) -> Product | str:
     if _matrix(found) is None:
         return "its matrix is a part of a parameter, or not in the order of one"
     return found
+
+
+def _as_long(p: Product, shared: set[str]) -> bool:
+    """Whether the dims that both factors have are as long in one as in the other."""
+    of_x = dict(zip(p.x_letters, tensor_type(p.x).shape, strict=True))
+    of_w = {c: prod(f.size for f in dim) for c, dim in zip(p.w_letters, p.w.dims, strict=True)}
+    return all(of_x[c] == of_w[c] for c in shared)
 
 
 def _as_letters(node: fx.Node) -> Product | None:

@@ -34,7 +34,8 @@ def repeat_interleave(view: View) -> Decision | None:
     x, repeats = view.tensors[0], view.arg(1, "repeats")
     if not isinstance(repeats, int) or view.arg(2, "dim") is None:
         return None
-    return Decision({x: view.whole(x)}, view.whole(x))
+    kwargs = {k: v for k, v in view.node.kwargs.items() if k != "output_size"}  # that of the whole
+    return Decision({x: view.whole(x)}, view.whole(x), kwargs=kwargs)
 
 
 @rule(Tensor.repeat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,10 +20,23 @@ def einsum(view: View) -> Decision | None:
     equation, *operands = view.node.args
     if isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    terms = letters_of(str(equation), [len(view.type(n).shape) for n in operands])
+    shapes = [view.type(n).shape for n in operands]
+    terms = letters_of(str(equation), list(map(len, shapes)))
     if terms is None:
         return None
-    return contract(view, operands, terms[:-1], terms[-1])
+    *given, result = terms
+    wide = {a for a, n in _sizes(given, shapes) if n != 1}
+    # A dim of 1 beside another's n is no dim of the product.
+    own = [
+        [f"1{a}" if n == 1 and a in wide else a for a, n in zip(letters, shape, strict=True)]
+        for letters, shape in zip(given, shapes, strict=True)
+    ]
+    return contract(view, operands, own, result)
+
+
+def _sizes(terms: list[list[str]], shapes: list[tuple]) -> Iterator[tuple[str, Any]]:
+    for letters, shape in zip(terms, shapes, strict=True):
+        yield from zip(letters, shape, strict=True)
 
 
 def letters_of(equation: str, ranks: list[int]) -> list[list[str]] | None:
@@ -104,7 +118,10 @@ def linear(view: View) -> Decision | Spelled | None:
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
     bias = view.arg(2, "bias")
     lead = [f"b{i}" for i in range(len(view.type(x).shape) - 1)]
-    found = contract(view, [x, w], [[*lead, "k"], ["n", "k"]], [*lead, "n"])
+    rows = ["n"] if len(view.type(w).shape) > 1 else []  # a vector makes one number a token
+    if not rows and bias is not None:
+        return None
+    found = contract(view, [x, w], [[*lead, "k"], [*rows, "k"]], [*lead, *rows])
     if not isinstance(bias, fx.Node):
         return found
     if isinstance(found.output, Partial):

@@ -145,7 +145,9 @@ def squeeze(view: View) -> Decision | None:
     x = view.tensors[0]
     at, shape = view.at(x), view.type(x).shape
     dim = view.arg(1, "dim")
-    gone = [d for d, n in enumerate(shape) if n == 1 and dim in (None, d, d - len(shape))]
+    dims = range(len(shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+    named = {dim_of(d, len(shape)) for d in dims}
+    gone = [d for d, n in enumerate(shape) if n == 1 and d in named]
     if isinstance(at, Shard) and at.dim not in gone:
         at = Shard(at.dim - sum(d < at.dim for d in gone), at.units, at.axis)
         # Without a dim, a local block of size 1 would be squeezed away with the others.

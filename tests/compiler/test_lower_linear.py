@@ -113,6 +113,8 @@ FORMS: dict[str, tuple[Any, list[str] | None]] = {
     "sum used elsewhere": (
         lambda x, p: F.linear((F.linear(x, p["up"]) + p["bias"]) * p["bias"], p["down"]),
         ["column", "row"]),
+    "one beside many": (
+        lambda x, p: torch.einsum("tb,ab->ta", x[:, :1], p["up"]) @ p["up"], []),
     "sliced": (lambda x, p: x @ p["wide"][:, :8].T.repeat(2, 1), []),
     "low rank before": (lambda x, p: x @ (p["up"].T @ p["down"].T), []),
     "scaled before": (lambda x, p: x @ (p["up"] * 2).T @ p["down"].T, ["row"]),
