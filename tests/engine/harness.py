@@ -20,11 +20,13 @@ happen once in the test process, and each engine runs in a forked child of it. W
 - `torch.compiler.set_stance("force_eager")` in eager tests: the engine compiles small helpers of
   its own even then. In compiled ones these are traced alone: with Inductor, one of the sampler's
   takes as long in each worker as tracing the model.
-- kernels for the missing Triton bound before the fork: vLLM searches all modules for them.
+- kernels for the missing Triton bound before the fork: vLLM searches all modules for them. Nor
+  does it set the levels of a thousand loggers again, in the child and in each worker.
 - `kv_cache_memory_bytes`: otherwise the engine takes most of the machine's memory, and warms up.
 - `nobind`: pinning threads needs a NUMA node per worker.
-- `os._exit` and a killed process group at the end: no teardown, which takes a second, and no
-  orphans, also after a timeout. What workers leave in shared memory is removed by its name.
+- a killed process group at the end, by the child itself once it has answered: no teardown, which
+  takes each worker a second of collecting garbage, and no orphans, also after a timeout. What
+  workers leave in shared memory is removed by its name.
 
 `compiled=True` compiles with Inductor as in production. `compiled="trace"` stops after Dynamo: it
 checks in 2 to 5 s that a class can be compiled, and runs what was traced eagerly.
@@ -56,24 +58,36 @@ from typing import Any, Literal, NoReturn, TextIO, TypeVar
 import torch
 import torch.nn.functional as F
 
-# What the engine imports on its way to the first token, and Dynamo while it traces.
+# What we and the engine import on the way to the first token, and Dynamo while it traces.
 PRELOAD = (
+    "compiler.api",
+    "compiler.vllm_config",
+    "compiler.vllm_plugin",
+    "einops._torch_specific",
+    "numpy.ctypeslib",
+    "setproctitle",
     "torch._dynamo",
     "torch._inductor.config",
     "torch.distributed.tensor.experimental._attention",
     "sympy.physics.units",
     "transformers",
     "vllm",
+    "vllm.compilation.backends",
+    "vllm.distributed.device_communicators.cpu_communicator",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.entrypoints.launchers.cli_args",
     "vllm.entrypoints.llm",
     "vllm.model_executor.layers.quantization.online.base",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.model_executor.model_loader.dummy_loader",
     "vllm.model_executor.models.llama",
     "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
     "vllm.v1.engine.core",
     "vllm.v1.engine.llm_engine",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.pool.flash_maxsim",
     "vllm.v1.worker.cpu_model_runner",
     "vllm.v1.worker.cpu_worker",
 )
@@ -125,6 +139,10 @@ def preload() -> None:
         current_platform.simple_compile_backend = "eager"  # read at import, for its helpers
         for name in PRELOAD:
             importlib.import_module(name)
+        from vllm.config.logging import LoggingConfig
+        from vllm.logger import configure_logging_if_needed
+
+        configure_logging_if_needed(LoggingConfig())
     with warnings.catch_warnings():  # it looks at every attribute of every module
         warnings.simplefilter("ignore")
         current_platform.register_triton_kernel_overrides()
@@ -224,6 +242,8 @@ def _child(
     finally:
         with contextlib.suppress(BaseException):
             sys.stderr.flush()
+        if status == 0:  # with the workers, who hold the pipe open, and would tidy up for a second
+            os.killpg(0, signal.SIGKILL)
         os._exit(status)
 
 
@@ -248,6 +268,7 @@ def _prepare(name: str, compiled: Mode) -> None:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
     multiproc.get_mp_context = lambda: multiprocessing.get_context("fork")
+    multiproc.configure_logging = lambda config: None  # done, by preload()
     rendezvous = f"file://{tempfile.gettempdir()}/{name}"
     multiproc.get_file_store_init_method = lambda: rendezvous
     vars(shared_memory).update(  # so that what a killed run leaves can be found by name

@@ -185,6 +185,18 @@ def test_a_crash_is_reported():
         run_in_engine(lambda: os._exit(3))
 
 
+def test_an_answer_is_there_before_the_workers_have_ended():
+    def run():
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        return "answer"
+
+    start = time.monotonic()
+    assert run_in_engine(run) == "answer"
+    assert time.monotonic() - start < 30
+
+
 def test_leaves_nothing_behind(folder):
     def run():
         from vllm.v1.executor import multiproc_executor
