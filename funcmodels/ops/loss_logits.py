@@ -226,17 +226,21 @@ def parts(hidden: Tensor, table: Tensor, o: Logits) -> Iterator[slice]:
     step = o.chunk or max(1, CHUNK // max(1, rows * table.shape[-2]))
     if o.chunk is None and step > 64:
         step -= step % 64  # whole tiles of a matrix product
-    for start in range(0, max(n, 1), step):
-        yield slice(start, min(start + step, n))
+    # Of a symbolic n, the number of chunks is all that is asked: what is compiled serves other n.
+    last = max(1, -(-n // step)) - 1
+    for i in range(last):
+        yield slice(i * step, (i + 1) * step)
+    yield slice(last * step, n)
 
 
 def blocks(z: Tensor) -> Iterator[slice]:
     """Runs of the tokens of a chunk, on a CPU; compilers and GPUs are better given all at once."""
     n, rows = z.shape[-2], z.shape[:-2].numel()
-    step = n
-    if z.device.type == "cpu" and not is_fake(z) and get_proxy_mode() is None:
-        step = max(1, BLOCK * torch.get_num_threads() // max(1, rows * z.shape[-1]))
-    for start in range(0, max(n, 1), max(step, 1)):
+    if z.device.type != "cpu" or is_fake(z) or get_proxy_mode() is not None:
+        yield slice(0, n)
+        return
+    step = max(1, BLOCK * torch.get_num_threads() // max(1, rows * z.shape[-1]))
+    for start in range(0, max(n, 1), step):
         yield slice(start, min(start + step, n))
 
 

@@ -46,7 +46,8 @@ def recurrent(
     Without it, each token is a step of its own, and costs its operations, however small: with some
     five, about 0.1 ms a token forwards and 0.2 ms with its gradient, for all sequences of a batch
     together. `torch.compile` makes a third of that. It leaves a loop of more than 8 tokens, or
-    chunks, outside of its graph, and compiles one function of 8 tokens, in some 10 s, once.
+    chunks, outside of its graph, as all chunks of packed rows, whose number depends on values; it
+    compiles one function of 8 tokens, in some 10 s, once.
 
     Args:
         step: pure; of a state (dict of (*batch, *shape)) and one token's x (the leaves of xs
@@ -116,29 +117,40 @@ def scan(
     seq = tree.leaves(xs)[0].shape[dims]
     if chunked is None:
         is_long = seq > MOST_COMPILED and torch.compiler.is_compiling()
-        loop = _outside(by_some_tokens, seq) if is_long else by_token
+        why = f"a loop of {seq} rounds"
+        loop = _outside(by_some_tokens, why) if is_long else by_token
         return loop(step, state, carry, xs, dims, starts)[1]
     chunk = min(chunk, seq)
     if starts is None:
         return _loop(-(-seq // chunk))(chunked, state, carry, xs, dims, chunk)[1]
+    loop = packed
+    if torch.compiler.is_compiling():  # a graph would be of one number of chunks
+        loop = _outside(packed, "how many chunks packed rows have depends on values")
+    return loop(chunked, state, carry, xs, dims, chunk, starts)
+
+
+def packed(
+    chunked: Step, state: State, carry: Carry, xs: Any, dims: int, chunk: int, starts: Tensor
+) -> Any:
+    """Every y of rows whose documents begin where `starts` is true."""
     layout = Layout.of(starts, chunk)
-    xs, chunks = tree.map(layout.spread, xs), layout.begins.shape[-1]
-    ys = _loop(chunks)(chunked, state, carry, xs, dims, chunk, layout.begins)[1]
+    xs = tree.map(layout.spread, xs)
+    ys = by_chunk(chunked, state, carry, xs, dims, chunk, layout.begins)[1]
     return tree.map(layout.collect, ys)
 
 
 def _loop(chunks: int) -> Any:
     """`by_chunk`, of that many."""
     is_long = chunks > MOST_COMPILED and torch.compiler.is_compiling()
-    return _outside(by_chunk, chunks) if is_long else by_chunk
+    return _outside(by_chunk, f"a loop of {chunks} rounds") if is_long else by_chunk
 
 
-def _outside(loop: Any, rounds: int) -> Any:
-    """A long loop outside of a graph of `torch.compile`, which would hold each of its rounds.
+def _outside(loop: Any, why: str) -> Any:
+    """A loop outside of a graph of `torch.compile`, which would hold each of its rounds.
 
     A round takes the compiler about a second.
     """
-    return torch.compiler.disable(loop, reason=f"ops.recurrent: a loop of {rounds} rounds")
+    return torch.compiler.disable(loop, reason=f"ops.recurrent: {why}")
 
 
 def given(fn: Step, params: Any) -> Step:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import funcmodels as fm
 from funcmodels import ops
@@ -56,7 +57,9 @@ def batch(step: int) -> dict[str, Tensor]:
 
 
 def fitted(dim: str | None, **settings: Any) -> dict[str, Any]:
-    """Losses, and whole weights after some steps of gradient descent."""
+    """Losses, whole weights after some steps of gradient descent, and the graphs compiled."""
+    torch._dynamo.reset()
+    counters.clear()
     module = fm.compile_to_torch(MODEL, None if dim is None else mesh_of(**{dim: 2})).reset(seed=0)
 
     def own(step: int) -> dict[str, Tensor]:
@@ -65,7 +68,12 @@ def fitted(dim: str | None, **settings: Any) -> dict[str, Any]:
 
     found = fm.fit(module, module.weights(), own, steps=STEPS, optimizer=fm.optim.sgd(0.3),
                    progress=False, **settings)  # fmt: skip
-    return {"losses": found.losses, "weights": dict(fm.tree.items(module.whole(found.weights)))}
+    return {
+        "losses": found.losses,
+        "weights": dict(fm.tree.items(module.whole(found.weights))),
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": list(counters["graph_break"]),
+    }
 
 
 def fitted_all() -> dict[tuple[str, str], Any]:
@@ -88,5 +96,7 @@ def alone() -> dict[str, Any]:
 def test_the_run_of_one_process(dim: str, run: str, on_two: list[Any], alone: dict[str, Any]):
     for rank in on_two:
         found = rank[dim, run]
+        assert found["graphs"] == ("compile" in RUNS[run])  # one for all steps and parts
+        assert not found["breaks"]
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
