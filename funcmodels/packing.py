@@ -64,6 +64,13 @@ def pack(
 
 def _pieces(document: Any, length: int) -> list[Tensor]:
     """A document as tensors of at most `length` ids."""
+    if isinstance(document, str):
+        raise ShapeError(
+            "pack: a document is a sequence of token ids",
+            got=f"a str, {document[:20]!r}",
+            need="integers (tokens,)",
+            fix="a tokenizer first: fm.pack([tokenizer.encode(text) for text in texts], length)",
+        )
     ids = torch.as_tensor(document)
     if ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
         raise ShapeError(

@@ -61,7 +61,7 @@ def fit(
     microbatches: int = 1,
     dtype: torch.dtype | None = None,
     clip: float | None = None,
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    evaluate: Callable[[Any], Mapping[str, float | Tensor]] | None = None,
     evaluate_every: int = 100,
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     save_every: int = 100,
@@ -93,7 +93,8 @@ def fit(
             `fm.accumulate`.
         dtype: to compute in, see `fm.cast`; None is that of the weights.
         clip: the largest norm of all gradients together; they are scaled down to it.
-        evaluate: weights -> {name: number}, called every `evaluate_every` steps and at the end.
+        evaluate: weights -> {name: number, or a tensor of one}, called every `evaluate_every` steps
+            and at the end.
         checkpoints: a folder, or `fm.Checkpoints(folder, keep=3)`; saved every `save_every` steps
             and at the end: weights, optimiser, random generators, place in the data.
         resume: False refuses a folder that has checkpoints.
@@ -116,8 +117,9 @@ def fit(
         weights,
         data,
         optimizer,
-        default_loss=loss is None,
+        loss=loss,
         clip=clip,
+        dtype=dtype,
         evaluate=evaluate,
         steps=steps,
         microbatches=microbatches,

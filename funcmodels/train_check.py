@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -33,16 +34,17 @@ def check_arguments(
     data: Any,
     optimizer: Any,
     *,
-    default_loss: bool,
+    loss: Any,
     clip: Any,
+    dtype: Any,
     evaluate: Any,
     **counts: Any,
 ) -> None:
     """Refuse arguments of `fit` that cannot work, or that would do something else in silence.
 
     Args:
-        default_loss: whether the loss is `fm.loss`, which needs the parameters of the model; a
-            loss of the user's own may take any tree.
+        loss: None is `fm.loss`, which needs the parameters of the model; a loss of the user's own
+            may take any tree.
         **counts: by their names, the arguments that are numbers of steps or of parts.
     Raises:
         TrainingError: an argument cannot work.
@@ -51,6 +53,7 @@ def check_arguments(
     for name, value in counts.items():
         _check_count(name, value)
     _check_clip(clip)
+    _check_dtype(dtype)
     _check_optimizer(optimizer)
     _check_data(data)
     if evaluate is not None and not callable(evaluate):
@@ -60,8 +63,12 @@ def check_arguments(
             need="a function: weights -> {name: number}",
             fix='evaluate=lambda weights: {"loss": mean_loss(weights)}',
         )
+    if loss is not None:
+        _check_takes("loss", loss, ("model", "weights", "batch"))
+    if evaluate is not None:
+        _check_takes("evaluate", evaluate, ("weights",))
     _check_tensors(model, weights)
-    if default_loss:
+    if loss is None:
         _check_paths(model, weights)
         _check_shapes(model, weights)
 
@@ -95,20 +102,31 @@ def check_batch(batch: Any, position: int) -> None:
     )
 
 
-def check_evaluation(values: Any) -> Mapping[str, float]:
-    """What `evaluate` returned, if it can be logged.
+def check_evaluation(values: Any) -> dict[str, float]:
+    """What `evaluate` returned, as it can be logged: a tensor of one number is that number.
 
     Raises:
-        TrainingError: it is no mapping.
+        TrainingError: it is no mapping, or a value of it is no number.
     """
-    if isinstance(values, Mapping):
-        return values
-    raise TrainingError(
-        "fit: evaluate returned no mapping",
-        got=_kind(values),
-        need="{name: number}",
-        fix='return {"loss": value}',
-    )
+    if not isinstance(values, Mapping):
+        raise TrainingError(
+            "fit: evaluate returned no mapping",
+            got=_kind(values),
+            need="{name: number}",
+            fix='return {"loss": value}',
+        )
+    found = {}
+    for name, value in values.items():
+        is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        if not (is_one or isinstance(value, Real)):
+            raise TrainingError(
+                f"fit: evaluate returned no number for {name}",
+                got=f"{name}: {_kind(value)}",
+                need="{name: number}, or a tensor of one",
+                fix=f"{name}.mean()" if isinstance(value, Tensor) else f"leave out {name}",
+            )
+        found[name] = float(value.item() if isinstance(value, Tensor) else value)
+    return found
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -133,6 +151,38 @@ def _check_clip(clip: Any) -> None:
         need="clip > 0, the largest norm of all gradients together, or None",
         fix="clip=1.0, or clip=None to leave the gradients as they are",
     )
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    is_one = isinstance(named, torch.dtype) and named.is_floating_point
+    raise TrainingError(
+        "fit: dtype is none that a model could compute in",
+        got=f"dtype={dtype!r}",
+        need="a floating dtype of torch, or None for that of the weights",
+        fix=f"dtype={named if is_one else torch.bfloat16}",
+    )
+
+
+def _check_takes(name: str, fn: Any, arguments: tuple[str, ...]) -> None:
+    """A function of the user's can be called with what it will be given."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a built-in one, which says nothing of its arguments
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        given = ", ".join(arguments)
+        called = getattr(fn, "__name__", type(fn).__name__)
+        raise TrainingError(
+            f"fit: {name} takes other arguments than it is given",
+            got=f"{name}={called}{signature}: {error}",
+            need=f"({given})",
+            fix=f"{name}=lambda {given}: ...",
+        ) from None
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -83,4 +83,6 @@ def test_what_cannot_be_packed_is_refused():
         fm.pack([[[1, 2]]], 4)
     with pytest.raises(ShapeError, match="sequence of token ids"):
         fm.pack([[0.5]], 4)
+    with pytest.raises(ShapeError, match=r"a str, 'two words'[^~]*tokenizer.encode\(text\)"):
+        fm.pack(["two words"], 4)
     assert fm.pack([], 4)["tokens"].shape == (0, 4)

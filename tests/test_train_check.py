@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,6 +162,36 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[FuncModelsError], str]] = {
     "evaluate that returns nothing": (
         given(evaluate=lambda weights: None), TrainingError, r"evaluate returned[^~]*got: +None\n",
     ),
+    "evaluate that returns a number for each token": (
+        given(evaluate=lambda weights: {"loss": torch.ones(3)}), TrainingError,
+        r"no number for loss[^~]*got: +loss: a tensor \(3,\)[^~]*fix: +loss.mean\(\)$",
+    ),
+    "evaluate that returns a word": (
+        given(evaluate=lambda weights: {"loss": 1.0, "best": "yes"}), TrainingError,
+        r"no number for best[^~]*of type str[^~]*fix: +leave out best$",
+    ),
+    "evaluate of nothing": (
+        given(evaluate=lambda: {"loss": 1.0}), TrainingError,
+        r"evaluate takes other arguments[^~]*too many[^~]*\(weights\)[^~]*evaluate=lambda weights:",
+    ),
+    "a loss without the model": (
+        given(loss=lambda weights, batch: weights["norm"].sum()), TrainingError,
+        r"<lambda>\(weights, batch\): too many[^~]*fix: +loss=lambda model, weights, batch: ...$",
+    ),
+    "a dtype's name": (
+        given(dtype="float16"), TrainingError, r"dtype='float16'[^~]*fix: +dtype=torch.float16$",
+    ),
+    "a dtype of integers": (
+        given(dtype=torch.int8), TrainingError, r"=torch.int8\n[^~]*fix: +dtype=torch.bfloat16$",
+    ),
+    "matrices of weights": (
+        lambda: fm.optim.matrices(fm.init(MODEL, seed=0)), TrainingError,  # type: ignore[arg-type]
+        r"matrices[^~]*got: +a dict[^~]*fix: +fm.optim.matrices\(model\)$",
+    ),
+    "matrices of a module": (
+        lambda: fm.optim.matrices(fm.compile_to_torch(MODEL)), TrainingError,  # type: ignore[arg-type]
+        r"got: +a CompiledModel[^~]*fix: +fm.optim.matrices\(module.model\)$",
+    ),
     "a dict for a mesh": (
         on_mesh({"tp": 2}), ShardingError,
         r"no DeviceMesh[^~]*mesh={'tp': 2}[^~]*device, \(2,\), mesh_dim_names=\('tp',\)\)",
@@ -223,6 +254,9 @@ TAKEN: dict[str, dict[str, Any]] = {
     "a function": {"data": lambda number: BATCH},
     "an optimiser of one's own": {"optimizer": own_optimizer()},
     "another mapping": {"evaluate": lambda weights: OrderedDict(loss=1.0)},
+    "a tensor evaluated": {"evaluate": lambda weights: {"loss": weights["norm"].sum()}},
+    "a loss with more": {"loss": lambda *args, **options: fm.loss(*args, **options)},
+    "a part of a function": {"loss": partial(fm.loss, chunk=4)},
     "nothing evaluated": {"evaluate": lambda weights: {}},
 }
 

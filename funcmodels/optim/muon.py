@@ -163,7 +163,17 @@ def matrices(model: Model) -> dict[str, str]:
     Hidden means: in a list of layers, or stacked over layers or experts; so embeddings and the
     head are not among them. The matrix is the tensor that the checkpoint stores, [out, in], or
     several of them.
+
+    Raises:
+        TrainingError: it is no model, but a module or weights.
     """
+    if not isinstance(model, Model):
+        raise TrainingError(
+            "fm.optim.matrices: which matrices are hidden is said by a model's declarations",
+            got=f"a {type(model).__name__}",
+            need="an fm.Model",
+            fix=f"fm.optim.matrices({'module.model' if hasattr(model, 'model') else 'model'})",
+        )
     found = {}
     for path, map_ in model.tensor_maps.items():
         hidden = map_.spread or any(part.isdigit() for part in path.split("."))
