@@ -11,7 +11,7 @@ from compiler.recurrence import Recurrence
 
 @dataclass(frozen=True)
 class Kernel:
-    """A class of `compiler.vllm_recurrent` that runs a recurrence on the engine's states in place.
+    """A class of `vllm_recurrent_kernels` that runs a recurrence on the engine's states in place.
 
     Each dim below is the one whose parts a kernel treats apart, as heads or channels: what is cut
     there on all operands alike is a smaller problem of the same kind.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 FILES = (
     "vllm_runtime.py", "vllm_fast.py", "vllm_checks.py", "vllm_names.py", "vllm_weights.py",
-    "vllm_stages.py", "vllm_ranks.py", "vllm_recurrent.py",
+    "vllm_stages.py", "vllm_ranks.py", "vllm_recurrent.py", "vllm_recurrent_batch.py",
+    "vllm_recurrent_kernels.py",
 )  # fmt: skip
 
 

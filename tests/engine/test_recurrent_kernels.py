@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from compiler.vllm_recurrent_batch import batch_of
 from funcmodels.ops.delta_rule import step as delta_step
 from funcmodels.ops.delta_rule import unit_step
 from funcmodels.ops.short_conv import step as conv_step
@@ -59,7 +60,7 @@ def delta_case(size: int, *, unit: bool, drawn: torch.Generator) -> Any:
 
 def errors() -> dict[str, float]:
     """Of each case: the largest error of results and states, relative to the largest value."""
-    from compiler import vllm_recurrent as served
+    from compiler import vllm_recurrent_kernels as served
 
     drawn = torch.Generator().manual_seed(0)
     found = {}
@@ -68,24 +69,23 @@ def errors() -> dict[str, float]:
             for bias in (True, False):
                 case = conv_case(dtype, width, bias=bias, drawn=drawn)
                 what = f"conv {dtype} width {width} bias {bias}"
-                found[what] = error_of(served.ShortConvKernel, conv_step, served, *case)
+                found[what] = error_of(served.ShortConvKernel, conv_step, *case)
         for groups in (1, 2, 4):
             case = ssd_case(dtype, groups, skip=groups != 2, drawn=drawn)
             what = f"ssd {dtype} groups {groups}"
-            found[what] = error_of(served.StateSpaceKernel, ssd_step, served, *case)
+            found[what] = error_of(served.StateSpaceKernel, ssd_step, *case)
     for size in (64, 128):
         for unit in (True, False):
             case = delta_case(size, unit=unit, drawn=drawn)
             kernel = served.UnitDeltaRuleKernel if unit else served.DeltaRuleKernel
             step = unit_step if unit else delta_step
-            found[f"delta {size} unit {unit}"] = error_of(kernel, step, served, *case)
+            found[f"delta {size} unit {unit}"] = error_of(kernel, step, *case)
     return found
 
 
 def error_of(
     kernel: Any,
     step: Any,
-    served: Any,
     held: str,
     shape: tuple[int, ...],
     state_dtype: torch.dtype,
@@ -108,8 +108,8 @@ def error_of(
         state_indices_tensor=places.int(),
         seq_lens=torch.tensor([before + new for before, new in REQUESTS]),
     )
-    batch = served.batch_of(metadata)
-    assert served.batch_of(metadata) is batch
+    batch = batch_of(metadata)
+    assert batch_of(metadata) is batch
     assert batch.new == [
         p for p, (old, _) in zip(places.tolist(), REQUESTS, strict=True) if not old
     ]
