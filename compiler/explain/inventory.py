@@ -10,49 +10,31 @@ import functools
 import inspect
 import linecache
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx
 
 from compiler import collectives, layers
-from compiler.check import padded
 from compiler.emit.block import is_part, statement
 from compiler.emit.layers import BUILDERS, Layer
 from compiler.emit.scope import Scope
 from compiler.emit.whole import module_of
-from compiler.explain.records import BlockView, Collective, Parameter, Stage, Step, Work
-from compiler.ir import MODEL_DTYPE, Block, LocalSize, Sym, TensorType, binding, target_name
-from compiler.latent_cache import cached_of_latent
+from compiler.explain.records import BlockView, Parameter, Stage, Step
+from compiler.explain.sent import Sent
+from compiler.explain.sizes import VOCAB_LAYERS, Setting, Sizes
+from compiler.explain.work import Costs
+from compiler.ir import Block, binding, target_name
 from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
 from compiler.placement import Shard
-from compiler.recurrence import Recurrence, recurrence
 from compiler.rewrite import is_param
-from compiler.rules import letters_of, max_over_ranks, rms_norm_over_ranks
 from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
-from compiler.why import fix_of_parts, is_product, is_view, why_plain
-from funcmodels import ops
-from funcmodels.config_json import config_of_fields
+from compiler.why import is_product, is_view, why_plain
 from funcmodels.source import SourceLine
 from funcmodels.spec import Param
-
-_VOCAB_LAYERS = (layers.vocab_embedding, layers.logits)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a model is explained for: ranks, stages, and dtypes of weights and KV cache."""
-
-    tp: int
-    pp: int
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    ep: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +58,9 @@ class Inventory:
         self.root = root_of(self.split.body, self.plan.blocks["forward"])
         self.module = module_of(program)
         self.gathered = {g.where for g in program.gathered}
+        self.sizes = Sizes(setting)
+        self.costs = Costs(program.model, self.sizes)
+        self.sent = Sent(self.sizes, self.gathered)
         self.texts: dict[SourceLine, str] = {}
         self.instances: dict[str, list[_Instance]] = {}
         own = {name: name for name in program.root.params}
@@ -105,7 +90,7 @@ class Inventory:
         sends = [0] * count
         for i, after in enumerate(numbers[1:]):
             values = [value.node for value in self.root.carried if after.start in value.to]
-            sends[i] = sum(map(self._bytes, values))
+            sends[i] = sum(map(self.sizes.bytes, values))
         return tuple(_stage(i, blocks, numbers[i], sends[i]) for i in range(count))
 
     # Where blocks are
@@ -196,8 +181,8 @@ class Inventory:
                 why=why_plain(node, self.gathered) if plain else "",
                 inputs=_inputs(node),
                 parameters=tuple(str(n.target) for n in node.all_input_nodes if is_param(n)),
-                work=self._work(block, node),
-                collective=self._collective(block, node),
+                work=self.costs.of(node, in_head=block is self.split.head),
+                collective=self.sent.of(node, in_head=block is self.split.head),
                 is_product=kind == "plain" and is_product(node),
             )
 
@@ -215,211 +200,13 @@ class Inventory:
             return made[node].constructor
         return str(node.target) if node.op == "call_module" else target_name(node.target)
 
+    def _shape(self, node: fx.Node) -> str:
+        return "[" + ", ".join(map(str, self.sizes.local(node))) + "]"
+
     def _text(self, where: SourceLine) -> str:
         if where not in self.texts:
             self.texts[where] = linecache.getline(where.file, where.line).strip()
         return self.texts[where]
-
-    # Sizes on one rank
-
-    def _local(self, node: fx.Node, i: int = 0) -> tuple[Any, ...]:
-        """The shape of a value on one rank; of a tuple, that of one of its parts."""
-        type_, at = node.meta["type"], node.meta["placement"]
-        if not isinstance(type_, TensorType):
-            type_, at = type_[i], at[i] if isinstance(at, tuple) else at
-        shape = list(type_.shape)
-        if isinstance(at, Shard) and isinstance(size := shape[at.dim], int):
-            shape[at.dim] = self._share(at, size)
-        return tuple(shape)
-
-    def _share(self, at: Shard, size: int) -> int:
-        """What a rank has of a size that is cut into blocks."""
-        return LocalSize(at.units, size // at.units, at.axis, "tp").at(self.setting.tp)
-
-    def _shape(self, node: fx.Node) -> str:
-        return "[" + ", ".join(map(str, self._local(node))) + "]"
-
-    def _itemsize(self, dtype: torch.dtype) -> int:
-        return (self.setting.dtype if dtype == MODEL_DTYPE else dtype).itemsize
-
-    def _bytes(self, node: fx.Node) -> int:
-        """Bytes of a whole value for each token."""
-        type_: TensorType = node.meta["type"]
-        return _per_token(type_.shape) * self._itemsize(type_.dtype)
-
-    def _param_shape(self, node: fx.Node, layer: bool) -> tuple[int, ...]:
-        """What a rank holds of a parameter; of a vocabulary, with the rows of padding."""
-        shape = self._local(node)
-        if layer and self.setting.ep > 1 and any(u.target is layers.experts for u in node.users):
-            count, *rest = node.meta["type"].shape
-            return (-(-count // self.setting.ep), *rest)
-        if layer and all(user.target in _VOCAB_LAYERS for user in node.users):
-            shape = (padded(node.meta["type"].shape[0]) // self.setting.tp, *shape[1:])
-        return shape
-
-    # What a node costs
-
-    def _work(self, block: Block, node: fx.Node) -> Work:
-        found = self._layer_work(node) if node.op == "call_function" else Work()
-        if block is self.split.head and found != Work():
-            return Work(found.flops, found.weight_bytes, found.token_bytes, is_per_sample=True)
-        return replace(found, axes=_cut_over(node)) if found != Work() else found
-
-    def _layer_work(self, node: fx.Node) -> Work:
-        if node.target is layers.attention:
-            return self._attention_work(node)
-        if node.target is layers.latent_attention:
-            return self._latent_work(node)
-        if node.target is recurrence:
-            return self._recurrent_work(node)
-        params = [n for n in node.all_input_nodes if is_param(n)]
-        in_layer = node.target in BUILDERS
-        sizes = [prod(self._param_shape(n, in_layer)) for n in params]
-        weights = sum(
-            n * self._itemsize(p.meta["type"].dtype) for n, p in zip(sizes, params, strict=True)
-        )
-        if node.target in (layers.vocab_embedding, ops.embed) or _is_lookup(node):
-            return Work(token_bytes=self._bytes(node))
-        if node.target is layers.experts:
-            return self._expert_work(node, weights)
-        if node.target is layers.linear:
-            matrices = node.args[1]
-            flops = sum(2 * prod(self._param_shape(w, True)) for w in matrices)  # type: ignore[union-attr,arg-type]
-            return Work(flops, weights)
-        if node.target is layers.logits:
-            return Work(2 * sizes[0], weights)
-        return Work(self._product_flops(node), weights)
-
-    def _expert_work(self, node: fx.Node, weights: int) -> Work:
-        """Products of the chosen experts; read are those that a step's tokens choose."""
-        matrices: Any = node.args[3]
-        count = matrices[0].meta["type"].shape[0]
-        k = node.args[2].meta["type"].shape[-1]  # type: ignore[union-attr]
-        each = sum(2 * prod(w.meta["type"].shape[1:]) for w in matrices)
-        ranks = 1 if node.kwargs["kind"] == "replicated" else self.setting.tp
-        return Work(k * each // ranks, weights, chosen=k / count)
-
-    def _attention_work(self, node: fx.Node) -> Work:
-        s: Any = node.kwargs
-        q, k = node.args[0], node.args[1]
-        dims = s["head_dim"] + s["v_head_dim"]
-        cached = s.get("causal", True)  # an encoder sees its whole input at once
-        heads, kv_heads = self._heads(q, s["heads"]), self._heads(k, s["kv_heads"])
-        return Work(
-            attention_flops=2 * heads * dims,
-            kv_bytes=kv_heads * dims * self.setting.kv_dtype.itemsize if cached else 0,
-            window=s.get("window"),
-            cache_axis=_axis_of(k),
-        )
-
-    def _recurrent_work(self, node: fx.Node) -> Work:
-        """The products of a step, and the state that it reads and writes."""
-        found: Recurrence = node.kwargs["recurrence"]  # type: ignore[assignment]
-        size = 0
-        for (_, slot), at in zip(found.slots, found.placements, strict=True):
-            count = prod(slot.shape)
-            count = self._share(at, count) if isinstance(at, Shard) else count
-            size += count * self._itemsize(slot.dtype)
-        products = (n for n in found.step.graph.nodes if n.op == "call_function")
-        return Work(sum(map(self._product_flops, products)), state_bytes=size)
-
-    def _latent_work(self, node: fx.Node) -> Work:
-        q_nope, q_rope, latent = (self._local(n) for n in node.args[:3])  # type: ignore[arg-type]
-        heads, nope, rope, rank = *q_nope[1:], q_rope[2], latent[1]
-        dv = self._local(node)[1] // heads
-        kept, text = cached_of_latent(config_of_fields(self.program.model), rank, rope)
-        axis = "" if kept else _axis_of(node.args[0])
-        if not kept:
-            kept, text = 2 * heads * max(nope + rope, dv), text.format(max(nope + rope, dv))
-        return Work(
-            attention_flops=2 * heads * (nope + rope + dv),
-            kv_bytes=kept * self.setting.kv_dtype.itemsize,
-            cached=text,
-            cache_axis=axis,
-        )
-
-    def _heads(self, x: Any, count: int) -> int:
-        at = x.meta["placement"]
-        if not isinstance(at, Shard):
-            return count
-        return self._share(at, count)
-
-    def _product_flops(self, node: fx.Node) -> int:
-        """Multiplications and additions of a plain product for each token, on one rank."""
-        if node.target is torch.einsum:
-            equation, *operands = node.args
-            shapes = [self._local(n) for n in operands]  # type: ignore[arg-type]
-            terms = letters_of(str(equation), list(map(len, shapes))) or []
-            sizes = {
-                letter: _per_token((n,))
-                for letters, shape in zip(terms, shapes, strict=False)
-                for letter, n in zip(letters, shape, strict=True)
-            }
-            return 2 * prod(sizes.values())
-        if node.target in (torch.matmul, F.linear, ops.unembed):
-            x = node.args[0]
-            return 2 * _per_token(self._local(node)) * _per_token(self._local(x)[-1:])  # type: ignore[arg-type]
-        return 0
-
-    # What ranks send each other
-
-    def _collective(self, block: Block, node: fx.Node) -> Collective | None:
-        if node.op != "call_function":
-            return None
-        if node.target is layers.experts and self.setting.ep > self.setting.tp:
-            return self._exchange(node)
-        if self.setting.tp == 1:
-            return None
-        kind, why = self._asks_for(node)
-        if not kind:
-            return None
-        size = self._bytes(node)
-        if node.target is rms_norm_over_ranks:
-            features: Any = node.meta["type"].shape[-1]
-            size = _per_token(node.meta["type"].shape) // features * torch.float32.itemsize
-        if node.target is max_over_ranks:
-            size *= self.setting.tp
-        if node.target is layers.logits:
-            vocab = node.meta["type"].shape[-1]
-            size = size // vocab * padded(vocab)
-        share = (self.setting.tp - 1) / self.setting.tp
-        wire = round(size * share * (2 if kind == "all_reduce" else 1))
-        return Collective(kind, size, block is self.split.head, wire, why)
-
-    def _exchange(self, node: fx.Node) -> Collective:
-        """Tokens go to the ranks of their experts, those of other groups too, and back."""
-        k = node.args[2].meta["type"].shape[-1]  # type: ignore[union-attr]
-        size, ep = 2 * k * self._bytes(node), self.setting.ep
-        why = "each token goes to the ranks that have its experts, and back"
-        return Collective("all_to_all", size, False, round(size * (ep - 1) / ep), why)
-
-    def _asks_for(self, node: fx.Node) -> tuple[str, str]:
-        if node.target is layers.linear and node.kwargs["kind"] == "row":
-            at = node.args[0].meta["placement"]  # type: ignore[union-attr]
-            over = f' over "{at.axis}"' if isinstance(at, Shard) else ""
-            return "all_reduce", f"each rank has a part of the sum{over}"
-        if node.target is layers.experts and node.kwargs["kind"] == "row":
-            part = "some of the experts" if self.setting.ep > 1 else "a part of every expert"
-            return "all_reduce", f"each rank has {part}"
-        if node.target is layers.vocab_embedding:
-            return "all_reduce", "each rank has the rows of a part of the vocabulary"
-        if node.target is layers.logits:
-            return "all_gather", "each rank has the logits of a part of the vocabulary"
-        if node.target is rms_norm_over_ranks:
-            return "all_reduce", "each rank has a part of the squares that a norm sums"
-        if node.target is max_over_ranks:
-            return "all_gather", "each rank has the largest of its own part"
-        if node.target is collectives.all_reduce:
-            return "all_reduce", "each rank has a part of a sum that all need"
-        if node.target is collectives.all_gather:
-            user = next(iter(node.users))
-            name = target_name(user.target) if user.op != "output" else "what comes after"
-            if node.meta["where"] in self.gathered:
-                axis = node.args[0].meta["placement"].axis  # type: ignore[union-attr]
-                fix = "" if (found := fix_of_parts(user, axis)) is None else f": {found}"
-                return "all_gather", f"{name} has no sharding rule for a cut dim{fix}"
-            return "all_gather", f"{name} needs all of it"
-        return "", ""
 
     # Parameters
 
@@ -489,9 +276,9 @@ class Inventory:
         # A layer that is not told a dtype has the model's, whatever was declared.
         told = layer is None or any("dtype=" in a for a in layer.arguments)
         dtype = (declared.dtype if told else None) or self.setting.dtype
-        shape = self._param_shape(node, layer is not None)
+        shape = self.sizes.param_shape(node, layer is not None)
         at, tp = node.meta["placement"], self.setting.tp
-        extra = prod(shape) - prod(self._local(node))
+        extra = prod(shape) - prod(self.sizes.local(node))
         return Parameter(
             name=name,
             step=step,
@@ -564,29 +351,9 @@ def _parts(node: fx.Node) -> Iterator[tuple[fx.Node, str, str]]:
                     yield param, f"routed_experts.{which}_{leaf}", part
         return
     params = [n for n in node.all_input_nodes if is_param(n)]
-    if node.target in (*NORMS, *_VOCAB_LAYERS):
+    if node.target in (*NORMS, *VOCAB_LAYERS):
         for param, leaf in zip(params, ("weight", "bias"), strict=False):
             yield param, leaf, ""
-
-
-def _cut_over(node: fx.Node) -> tuple[str, ...]:
-    """The axes that what a node reads is cut over."""
-    return tuple(dict.fromkeys(filter(None, map(_axis_of, node.all_input_nodes))))
-
-
-def _axis_of(node: Any) -> str:
-    at = node.meta.get("placement")
-    return at.axis if isinstance(at, Shard) else ""
-
-
-def _is_lookup(node: fx.Node) -> bool:
-    """Whether rows of a table are taken by index: of it, only those are read."""
-    return node.target in (F.embedding, torch.index_select) and is_param(node.args[0])
-
-
-def _per_token(shape: tuple[Any, ...]) -> int:
-    """The elements of a shape for each token."""
-    return prod(n.at({"num_tokens": 1}) if isinstance(n, Sym) else int(n) for n in shape)
 
 
 def _maker(node: fx.Node) -> fx.Node:
