@@ -8,15 +8,14 @@ named by its path; `Plan.tensors` then says what the loader has to rename.
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from compiler import layers
+from compiler import dotted, layers
 from compiler.experts_place import expert_tensors, experts_name, leaves_of, without_spread
 from compiler.ir import Block, Program, binding
 from compiler.names import identifier, unique
@@ -109,8 +108,8 @@ class _Planner:
         self.names: dict[str, str] = {}  # path of a parameter -> of its tensor
         # The model without its head sits where its tensors' names begin, or, where they share no
         # beginning, at "model", as if they all began so.
-        modules = [_module(self.maps[path].names[0]) for path in split.body.params]
-        shared = _common(modules).split(".")[0]
+        modules = [dotted.module(self.maps[path].names[0]) for path in split.body.params]
+        shared = dotted.common(modules).split(".")[0]
         self.prefix = "" if shared and shared not in modules else "model"
         self.plan = Plan(inner=self.prefix or shared)
         self.parts: dict[str, list[str]] = {}  # fused module name -> what its parts are called
@@ -118,7 +117,7 @@ class _Planner:
         self.whole = whole_modules(apart)
         self.counts = {stem(shared.parts[0][0]): len(shared.parts) for shared in apart.values()}
         copies = program.model.repeated if isinstance(program.model, TakenApart) else {}
-        self.copies = {stem(_module(name)) for names in copies.values() for name in names}
+        self.copies = {stem(dotted.module(name)) for names in copies.values() for name in names}
 
     def run(self) -> Plan:
         own = {name: name for name in self.program.root.params}
@@ -147,23 +146,23 @@ class _Planner:
         placed.anchors.append(anchor)
         for node, attr in placed.layers.items():
             if node.target is layers.linear:
-                self.linear(node, names, _join(anchor, attr))
+                self.linear(node, names, dotted.join(anchor, attr))
             elif node.target is layers.experts:
-                self.experts(node, names, _join(anchor, attr))
+                self.experts(node, names, dotted.join(anchor, attr))
                 placed.leaves[attr] = leaves_of(node, names, self.maps)
             elif node.target not in WITHOUT_WEIGHTS:
                 for param in _params(node):
                     if str(param.target) not in skip:
                         kind = _weight_name(node, param)
-                        self.send(names[str(param.target)], f"{_join(anchor, attr)}.{kind}")
+                        self.send(names[str(param.target)], f"{dotted.join(anchor, attr)}.{kind}")
                         if node.target not in NORMS:
                             map_ = self.maps[names[str(param.target)]]
                             self.lora_target(map_, (map_.axes[:1], map_.axes[1:]))
         for name, attr in placed.bare.items():
-            self.send(names[name], _join(anchor, attr))
+            self.send(names[name], dotted.join(anchor, attr))
         for call, attr in placed.calls.items():
             inner = {k: names[v] for k, v in binding(call).items()}
-            self.visit(self.program.blocks[str(call.target)], inner, _join(anchor, attr))
+            self.visit(self.program.blocks[str(call.target)], inner, dotted.join(anchor, attr))
 
     # Names within a block
 
@@ -172,7 +171,7 @@ class _Planner:
         taken: set[str] = set()
 
         def take(attr: str, *, in_list: bool = False) -> str:
-            attr = unique(_attribute(attr, in_list), taken)
+            attr = unique(dotted.attribute(attr, in_list), taken)
             taken.add(attr)
             return attr
 
@@ -186,9 +185,11 @@ class _Planner:
             elif _is_layer(node):
                 in_layers |= {str(p.target) for p in _params(node)}
                 placed.layers[node] = take(self.layer_name(node, names, anchor, calls.values()))
-        lists = _lists(calls.values(), placed.layers.values()) if block is self.split.body else ()
+        lists = (
+            dotted.lists(calls.values(), placed.layers.values()) if block is self.split.body else ()
+        )
         for node, attr in calls.items():
-            placed.calls[node] = take(attr, in_list=_parent(attr) in lists)
+            placed.calls[node] = take(attr, in_list=dotted.parent(attr) in lists)
         for node in block.graph.nodes:
             holders = {n for n in placed.layers if n.target not in WITHOUT_WEIGHTS}
             name = str(node.target)
@@ -213,32 +214,32 @@ class _Planner:
         if node.target is layers.logits:
             return "lm_head"  # what vLLM's adapters look for, whatever the checkpoint calls it
         weights = [str(p.target) for p in _weights(node)]
-        modules = [_module(self.tensor(names[w])) for w in weights]
+        modules = [dotted.module(self.tensor(names[w])) for w in weights]
         if node.target is layers.experts:
-            return experts_name([_below(_parent(m), anchor) for m in modules])
-        parents = {_parent(m) for m in modules}
+            return experts_name([dotted.below(dotted.parent(m), anchor) for m in modules])
+        parents = {dotted.parent(m) for m in modules}
         is_part = MARK in "".join(modules)
         one = len(modules) > 1 and len({stem(m) for m in modules}) == 1
         if one and self.is_whole(weights, names):
             modules, is_part = [stem(modules[0])], False
-        below = _below(modules[0], anchor)
+        below = dotted.below(modules[0], anchor)
         if len(parents) == 1 and below is not None and not is_part:
-            leaf = fused_name([m.rpartition(".")[2] for m in modules])
+            leaf = dotted.fused_name([m.rpartition(".")[2] for m in modules])
             if not any(below.startswith(f"{inner}.") for inner in calls):
-                return _join(_parent(below), leaf)
-        return fused_name([identifier(w) for w in weights])
+                return dotted.join(dotted.parent(below), leaf)
+        return dotted.fused_name([identifier(w) for w in weights])
 
     def call_names(self, block: Block, names: dict[str, str], anchor: str) -> dict[fx.Node, str]:
         """The attribute of each called block: where the checkpoint keeps its parameters."""
         paths = {c: [names[outer] for outer in binding(c).values()] for c in block.calls}
         if block is self.split.body:
-            paths = {c: _of_one_element(p) for c, p in paths.items()}
+            paths = {c: dotted.of_one_element(p) for c, p in paths.items()}
         places = {c: self.home(p) for c, p in paths.items()}
         at = Counter(places.values())
 
         def clashes(call: fx.Node) -> bool:
             """Whether a block's place is its caller's, outside it, or another block's too."""
-            return not _below(places[call], anchor) or at[places[call]] > 1
+            return not dotted.below(places[call], anchor) or at[places[call]] > 1
 
         def move(call: fx.Node, place: str) -> None:
             at.subtract([places[call]])
@@ -249,9 +250,10 @@ class _Planner:
             if clashes(call):  # norms often live elsewhere than their block
                 matrices = [p for p in all_paths if len(self.program.model.by_path[p].shape) > 1]
                 move(call, self.home(matrices))
-        own = {call: _common(all_paths) for call, all_paths in paths.items()}
+        own = {call: dotted.common(all_paths) for call, all_paths in paths.items()}
         steps = {  # a layer whose tensors lie elsewhere is where its parameters are
-            call: _at_index(place, own[call]) or _at_index(_join(anchor, own[call]), own[call])
+            call: dotted.at_index(place, own[call])
+            or dotted.at_index(dotted.join(anchor, own[call]), own[call])
             for call, place in places.items()
         }
         for call in _crowded(steps):  # several calls for one element: each at its own part of it
@@ -260,16 +262,16 @@ class _Planner:
         for call in paths:
             if block is self.split.body:
                 step = None if call in crowded else steps[call]
-                move(call, step or _join(anchor, identifier(own[call] or _plain(call))))
+                move(call, step or dotted.join(anchor, identifier(own[call] or _plain(call))))
             elif clashes(call):
-                move(call, _join(anchor, _plain(call)))
-        return {c: _below(place, anchor) or _plain(c) for c, place in places.items()}
+                move(call, dotted.join(anchor, _plain(call)))
+        return {c: dotted.below(place, anchor) or _plain(c) for c, place in places.items()}
 
     def home(self, paths: list[str]) -> str:
         """The deepest module that holds the tensors of some parameters."""
-        modules = [_module(self.tensor(path)) for path in paths]
-        place = _common(modules)
-        return _parent(place) if place in modules else place
+        modules = [dotted.module(self.tensor(path)) for path in paths]
+        place = dotted.common(modules)
+        return dotted.parent(place) if place in modules else place
 
     # Tensors
 
@@ -277,7 +279,7 @@ class _Planner:
         """The checkpoint's name of a parameter, with the beginning of the module tree."""
         if path not in self.names:
             self.names[path] = without_spread(self.maps[path])
-        return _join(self.prefix, self.names[path])
+        return dotted.join(self.prefix, self.names[path])
 
     def linear(self, node: fx.Node, names: dict[str, str], module: str) -> None:
         """Send the weights and biases of a linear to its parameters."""
@@ -299,8 +301,8 @@ class _Planner:
                 layout = _layout(map_, matrix if kind == "weight" else None)
                 if kind == "weight" and not is_given(node):
                     sides = _sides(map_, matrix)
-                    own = self.whole.get(stem(_module(map_.names[0]))) == len(leaves)
-                    own &= module == stem(_module(self.tensor(path)))
+                    own = self.whole.get(stem(dotted.module(map_.names[0]))) == len(leaves)
+                    own &= module == stem(dotted.module(self.tensor(path)))
                     self.lora_target(map_, sides, own)
                 self.plan.tensors[map_.names[0]] = Destination(
                     f"{module}.{kind}",
@@ -323,12 +325,12 @@ class _Planner:
     def is_whole(self, weights: list[str], names: dict[str, str]) -> bool:
         """Whether parts of one tensor are all of it."""
         tensor = self.maps[names[weights[0]]].names[0]
-        return len(weights) == self.counts.get(stem(_module(tensor)), len(weights))
+        return len(weights) == self.counts.get(stem(dotted.module(tensor)), len(weights))
 
     def leaves(self, weights: list[fx.Node], names: dict[str, str]) -> list[str]:
         """What the parts of a layer are called in it: as in the checkpoint, where that differs."""
         paths = [names[str(weight.target)] for weight in weights]
-        found = [_module(self.tensor(path)).rpartition(".")[2] for path in paths]
+        found = [dotted.module(self.tensor(path)).rpartition(".")[2] for path in paths]
         if len(set(found)) == len(found):
             return found
         return [identifier(str(weight.target)) for weight in weights]
@@ -341,7 +343,7 @@ class _Planner:
         One that holds several parameters they change as a whole: where the layer is all of it,
         under its name. Of copies they would change the one that has the matrix's own name, or none.
         """
-        module = _module(map_.names[0])
+        module = dotted.module(map_.names[0])
         if stem(module) in self.copies or (MARK in module and not is_all):
             return
         if _in_order(map_.layout, tuple(map(tuple, sides))):
@@ -445,108 +447,18 @@ def _sides(map_: TensorMap, matrix: layers.Matrix) -> tuple[list[str], list[str]
     return made, summed
 
 
-def fused_name(leaves: list[str]) -> str:
-    """`q_proj k_proj v_proj` as `qkv_proj`, `gate_proj up_proj` as `gate_up_proj`."""
-    if len(leaves) == 1:
-        return leaves[0]
-    tail = "".join(_shared([leaf[::-1] for leaf in leaves]))[::-1]
-    tail = tail[tail.index("_") :] if "_" in tail else ""
-    stems = [leaf[: len(leaf) - len(tail)] if tail else leaf for leaf in leaves]
-    return ("" if all(len(s) == 1 for s in stems) else "_").join(stems) + tail
-
-
-def _attribute(path: str, in_list: bool) -> str:
-    """A path as Python can write it: `parts._0.q` for `parts.0.q`, but `layers.0` of a list."""
-    *parents, last = path.split(".")
-    index = in_list and bool(parents) and last.isdigit()
-    return ".".join([*map(identifier, parents), last if index else identifier(last)])
-
-
-def _module(tensor: str) -> str:
-    """The module that a tensor's name speaks of; one not named as a module's is its own."""
-    return tensor.removesuffix(".weight").removesuffix(".bias")
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _join(*parts: str) -> str:
-    return ".".join(filter(None, parts))
-
-
-def _below(name: str, anchor: str) -> str | None:
-    """`name` seen from `anchor`, or None where it does not lie below it."""
-    if not anchor:
-        return name
-    return name[len(anchor) + 1 :] if name.startswith(f"{anchor}.") else None
-
-
-def _of_one_element(paths: list[str]) -> list[str]:
-    """Of the paths of a layer's parameters and some more, those of the layer: of most of them."""
-    elements = Counter(tuple(p.split(".")[:2]) for p in paths if re.match(r"\w+\.\d+(\.|$)", p))
-    most = [e for e, n in elements.items() if n == max(elements.values())]
-    return [p for p in paths if tuple(p.split(".")[:2]) in most] if len(most) == 1 else paths
-
-
 def _crowded(steps: dict[fx.Node, str | None]) -> set[fx.Node]:
     """The calls whose place is another call's too, lies in one or holds one; or is none."""
     at = Counter(step for step in steps.values() if step)
-    inside = Counter(outer for step in at.elements() for outer in _around(step))
+    inside = Counter(outer for step in at.elements() for outer in dotted.around(step))
     return {
         call
         for call, step in steps.items()
-        if not step or inside[step] > 1 or any(at[outer] for outer in _around(step)[1:])
+        if not step or inside[step] > 1 or any(at[outer] for outer in dotted.around(step)[1:])
     }
-
-
-def _around(place: str) -> list[str]:
-    """A place and those that it lies in."""
-    return [place, *itertools.accumulate(place.split(".")[:-1], _join)]
-
-
-def _lists(calls: Collection[str], layers: Iterable[str]) -> set[str]:
-    """The places that are module lists: calls are all that lies in them, from 0 on."""
-    found: dict[str, set[str]] = {}
-    for attr in calls:
-        found.setdefault(_parent(attr), set()).add(attr)
-    placed = [*calls, *layers]
-    return {
-        place
-        for place, attrs in found.items()
-        if place
-        and attrs == {f"{place}.{i}" for i in range(len(attrs))}
-        and {a for a in placed if a.startswith(f"{place}.")} == attrs
-    }
-
-
-def _common(names: list[str]) -> str:
-    """The longest dotted prefix that names share."""
-    if not names:
-        return ""
-    return ".".join(_shared([name.split(".") for name in names]))
-
-
-def _shared(sequences: Sequence[Sequence[str]]) -> list[str]:
-    """The elements that sequences begin with in common."""
-    found = []
-    for elements in zip(*sequences, strict=False):
-        if len(set(elements)) > 1:
-            break
-        found.append(elements[0])
-    return found
 
 
 def _plain(call: fx.Node) -> str:
     """A block's name without the number that tells its recordings apart: layers name it alike."""
     name, _, number = str(call.target).rpartition("_")
     return name if name and number.isdigit() else str(call.target)
-
-
-def _at_index(place: str, path: str) -> str | None:
-    """The part of a place up to the list index of a path: `model.layers.3` for `layers.3...`."""
-    index = next((part for part in path.split(".") if part.isdigit()), None)
-    parts = place.split(".")
-    if index is None:
-        return place
-    return ".".join(parts[: parts.index(index) + 1]) if index in parts else None
