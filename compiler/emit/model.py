@@ -8,6 +8,7 @@ from compiler.emit.block import emit_block
 from compiler.emit.body import BodyLines
 from compiler.emit.compiled_for import compiled_for
 from compiler.emit.helpers import helpers
+from compiler.emit.loading import HELPERS, tensor_lines
 from compiler.emit.scope import IMPORTS
 from compiler.emit.served import ServedLines
 from compiler.emit.text import WIDTH, table, wrapped
@@ -43,7 +44,7 @@ class _Writer(BodyLines, ServedLines):
             if name in self.plan.blocks
         ]
         body, served = self.model_class(), self.served_class()
-        tensors = self.loading.tensor_lines(self.module)
+        tensors = tensor_lines(self.loading, self.module)
         first, last = self.helpers()
         header = [
             *self.docstring(),
@@ -95,7 +96,7 @@ class _Writer(BodyLines, ServedLines):
 
     def helpers(self) -> tuple[list[list[str]], list[list[str]]]:
         """The source of the runtime functions that the file uses: before its last class, after."""
-        first = self.loading.helpers
+        first = HELPERS
         rest = sorted(self.module.helpers - set(first))
         before, after = ([list(helpers()[name].lines) for name in part] for part in (first, rest))
         return before, after

@@ -8,6 +8,7 @@ from typing import Any
 from compiler import layers
 from compiler.emit import pooling
 from compiler.emit.block import constructor, statements
+from compiler.emit.loading import load_lines, mapper_lines
 from compiler.emit.recurrence import state_lines
 from compiler.emit.text import call, quoted, table
 from compiler.emit.whole import DYNAMIC, Whole
@@ -40,7 +41,7 @@ class ServedLines(Whole):
         return [
             f"class {self.model.name}({', '.join(bases)}):",
             f'    compiled_by = "funcmodels {__version__}"',
-            *self.loading.mapper_lines(m),
+            *mapper_lines(self.loading, m),
             *table("packed_modules_mapping", self.packed(), 4),
             *self.embedding_modules(),
             *(pooling.class_lines(self.program) if pools else []),
@@ -79,7 +80,7 @@ class ServedLines(Whole):
             *call(f"return self.{inner}", ["input_ids", "positions", *DYNAMIC[2:]], 8),
             "",
             *logits,
-            *self.loading.load_lines(m),
+            *load_lines(self.loading, m),
         ]
 
     def compute_logits(self) -> list[str]:

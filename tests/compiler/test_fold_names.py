@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import funcmodels as fm
+from compiler.emit.loading import _parts_table
 from compiler.emit.scope import Module
 from compiler.emit.text import wrapped
 from compiler.fold_names import fold_parts, spelled_parts
-from compiler.loading import _parts_table
 from compiler.needs import Exact
 from compiler.vllm_target import source_for_vllm
 from funcmodels import ops
