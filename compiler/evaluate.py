@@ -1,6 +1,6 @@
 """The reference evaluator: a program run node by node, on one rank or on several in lock step.
 
-It is the oracle of every pass, and what `compile_to_torch` runs.
+It is the oracle of every pass, and of what `compile_to_torch` runs, which `compiler.link` writes.
 """
 
 from __future__ import annotations

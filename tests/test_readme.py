@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import funcmodels as fm
+from funcmodels import ops
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design")
 
@@ -39,3 +42,12 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in {a or b for a, b in targets}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_all_that_can_be_called_is_named():
+    """Classes but for `Model` are what functions return: their docstrings name them."""
+    text = (ROOT / "README.md").read_text()
+    public = [f"fm.{name}" for name in fm.__all__ if name[0].islower()]
+    public += [f"ops.{name}" for name in ops.__all__]
+    missing = [name for name in public if not re.search(rf"`@?{name}\b", text)]
+    assert not set(missing) - {"fm.errors", "fm.ops"}
