@@ -17,12 +17,13 @@ from typing import Any
 from compiler.emit import emit_model
 from compiler.ir import Program
 from compiler.own_parameters import own_parameters
-from compiler.partition import Partitioned, check_tokens_apart, partition
+from compiler.partition import Partitioned, partition
 from compiler.passes import passes
 from compiler.passes.outline_layers import outline_layers
 from compiler.passes.spell_products import spell_products
 from compiler.passes.spell_unembedding import spell_unembedding
 from compiler.strict import Strict, check_strict
+from compiler.tokens_apart import check_tokens_apart
 from compiler.trace import trace
 from compiler.verify import verify
 from funcmodels.atomic import write_file

@@ -20,7 +20,8 @@ from compiler.emit.scope import Module, Scope
 from compiler.ir import Program
 from compiler.modules import Placed
 from compiler.needs import Exact
-from compiler.partition import check_tokens_apart, partition
+from compiler.partition import partition
+from compiler.tokens_apart import check_tokens_apart
 from compiler.trace import trace
 from tests.compiler.programs import evaluated, inputs_of, weights_of
 from tests.compiler.refusals import model_of

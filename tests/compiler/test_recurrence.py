@@ -12,9 +12,10 @@ from compiler.check import check_needs
 from compiler.comm import Simulated
 from compiler.compare_forms import check_forms
 from compiler.evaluate import local_weights, run
-from compiler.partition import check_tokens_apart, partition
+from compiler.partition import partition
 from compiler.placement import Shard
 from compiler.recurrence import recurrence
+from compiler.tokens_apart import check_tokens_apart
 from compiler.trace import trace
 from funcmodels import ops
 from funcmodels.check_recurrence import RecurrenceError

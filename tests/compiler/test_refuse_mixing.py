@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import funcmodels as fm
-from compiler.partition import check_tokens_apart, partition
+from compiler.partition import partition
+from compiler.tokens_apart import check_tokens_apart
 from compiler.trace import trace
 from compiler.vllm_target import source_for_vllm
 from funcmodels.errors import LoweringError

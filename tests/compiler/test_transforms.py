@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import funcmodels as fm
 from compiler.ir import target_name
-from compiler.partition import check_tokens_apart, partition
+from compiler.partition import partition
+from compiler.tokens_apart import check_tokens_apart
 from compiler.trace import trace
 from compiler.vllm_target import source_for_vllm
 from funcmodels import ops
