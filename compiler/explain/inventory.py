@@ -6,8 +6,6 @@ constructors are those that `compiler.emit` writes, stages are those of `compile
 
 from __future__ import annotations
 
-import functools
-import inspect
 import linecache
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from compiler.ir import Block, binding, target_name
 from compiler.modules import NORMS, Placed, plan_modules
 from compiler.partition import Partitioned
 from compiler.placement import Shard
+from compiler.refuse import defined
 from compiler.rewrite import is_param
 from compiler.split import split_at_unembedding
 from compiler.stages import layers_of_stages, root_of
@@ -152,7 +151,7 @@ class Inventory:
             tuple(n.name for n in block.inputs),
             steps,
             results,
-            _defined(block),
+            defined(block.function) if block.function else None,
             tuple(self._parameters(block, placed, made)),
             tuple((k, repr(v)) for k, v in block.static.items() if isinstance(v, _PLAIN)),
         )
@@ -368,12 +367,3 @@ def _maker(node: fx.Node) -> fx.Node:
 def _inputs(node: fx.Node) -> tuple[str, ...]:
     made = (_maker(n).name for n in node.all_input_nodes if not is_param(n))
     return tuple(dict.fromkeys(made))
-
-
-def _defined(block: Block) -> SourceLine | None:
-    """The line that a block's function is defined on."""
-    function: Any = block.function
-    while isinstance(function, functools.partial):
-        function = function.func
-    code = getattr(inspect.unwrap(function), "__code__", None) if function else None
-    return code and SourceLine(code.co_filename, code.co_firstlineno, code.co_name)
