@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -101,6 +102,17 @@ def _outline(program: Program, dtype: torch.dtype) -> list[str]:
     return [line(node) for block in blocks for node in block.graph.nodes]
 
 
+class _Shapes(ShapeEnv):
+    """The sizes that are symbols, with what torch assumes of them."""
+
+    def _get_user_frame(self) -> FrameType | None:
+        """Where a guard is made: torch's own answer imports half of it first, to look past that."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not is_users(frame.f_code.co_filename):
+            frame = frame.f_back
+        return frame
+
+
 class _Scope:
     """The block being recorded: its graph, and what it may use."""
 
@@ -153,7 +165,7 @@ class _Tracer(TorchFunctionMode):
         self.dims = dims
         self.segments = segments
         # By itself torch would take sizes to be 2 or more, and no branch on one token would show.
-        self.shapes = ShapeEnv(specialize_zero_one=False)
+        self.shapes = _Shapes(specialize_zero_one=False)
         self.fake = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         # An operation is seldom met twice, since a block is recorded once: keys of symbolic shapes
         # take longer than what a cache would spare, a fifth of the time of a trace.
@@ -161,6 +173,7 @@ class _Tracer(TorchFunctionMode):
         self.scopes: list[_Scope] = []
         self.recorded: dict[Any, _Recorded] = {}
         self.metas: dict[Any, Tensor] = {}
+        self.blank = vars(FakeTensor(self.fake, torch.empty(0, device="meta"), _CPU))
         self.paths: dict[int, str] = {}  # id of a parameter -> its path
         self.kinds: dict[int, int] = {}  # id of a parameter -> the number of its kind
         self.numbers: dict[Any, int] = {}
@@ -220,12 +233,11 @@ class _Tracer(TorchFunctionMode):
 
     def _parameter(self, path: str, param: Param) -> Tensor:
         """A fake of its own for each parameter: identity is what tells them apart."""
-        # Made by the constructor: through the fake mode, a deep model's would take a second.
         kind = (param.shape, param.dtype)
         if kind not in self.metas:
             dtype = param.dtype or self.dtype
             self.metas[kind] = torch.empty(param.shape, dtype=dtype, device="meta")
-        value = FakeTensor(self.fake, self.metas[kind], _CPU)
+        value = self._fake_of(self.metas[kind])
         self.paths[id(value)] = path
         self.scopes[-1].own(value, path, param)
         # Parameters of one kind make calls of one block; a number compares faster than all this.
@@ -516,7 +528,23 @@ class _Tracer(TorchFunctionMode):
     def _alike(self, value: Tensor) -> Tensor:
         """Another fake of the same type: each call of a block has results of its own."""
         with in_kernel_invocation_manager(self.fake):  # where a fake shows itself as what it is
-            return FakeTensor(self.fake, value, _CPU)
+            return self._fake_of(value)
+
+    def _fake_of(self, meta: Tensor) -> Tensor:
+        """A fake of a meta tensor, as its constructor makes them, in a tenth of the time.
+
+        A deep model has thousands; through the fake mode they would take longer still.
+        """
+        fake = Tensor._make_subclass(
+            FakeTensor,
+            meta,
+            False,
+            dispatch_device=True,
+            device_for_backend_keys=_CPU,
+        )
+        torch._C._set_throw_on_mutable_data_ptr(fake)
+        vars(fake).update(self.blank)
+        return fake
 
     def _own_name(self, value: Tensor, fn: Any) -> str:
         """The name of a parameter in the block being recorded."""
