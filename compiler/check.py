@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -118,6 +119,8 @@ class Layouts:
     def __init__(self, model: Model, program: Partitioned) -> None:
         self.model = model
         self.needs = [*served_needs(program), *_vocabulary(program)]
+        # A grid asks for each number of ranks once for every number of stages.
+        self.failed_need = functools.cache(functools.partial(failed_need, model, self.needs))
         split = split_at_unembedding(program)
         root = root_of(split.body, plan_modules(program, split).blocks["forward"])
         self.why_one_stage = why_one_stage(split.body, root)
@@ -145,7 +148,7 @@ class Layouts:
                     need="1 or more",
                     fix=f"{name}=1",
                 )
-        if (found := failed_need(self.model, self.needs, tp)) is not None:
+        if (found := self.failed_need(tp)) is not None:
             yield found
         if self.heads is not None and self.heads % tp:
             yield ShardingError(

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import fx
 
@@ -39,8 +40,7 @@ WITHOUT_WEIGHTS = {
 }
 
 
-@dataclass(frozen=True)
-class Destination:
+class Destination(NamedTuple):  # a tuple: a mixture of experts has tens of thousands
     """Where a tensor of the checkpoint goes.
 
     Args:
