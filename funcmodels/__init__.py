@@ -23,58 +23,48 @@ from funcmodels.spec import Axes, Model, Param, axes
 from funcmodels.state import State, state
 
 if TYPE_CHECKING:
-    from compiler.api import (
-        DEVICES,
-        CompiledModel,
-        Device,
-        Explanation,
-        Grid,
-        ModelStage,
-        ParallelContext,
-        Place,
-        Verified,
-        allow,
-        check,
-        check_grid,
-        compile_to_torch,
-        compile_to_vllm,
-        emit,
-        explain,
-        pad_heads,
-        pipeline_stage,
-        register,
-        trace,
-        verify,
-    )
+    from compiler.check import Grid, check, check_grid
+    from compiler.compare import Verified, verify
+    from compiler.explain import DEVICES, Device, Explanation, explain
+    from compiler.mesh import Place
+    from compiler.pad import pad_heads
+    from compiler.parallel import ParallelContext
+    from compiler.pipeline import ModelStage, pipeline_stage
+    from compiler.register import register
+    from compiler.strict import allow
+    from compiler.torch_target import CompiledModel, compile_to_torch
+    from compiler.trace import trace
     from compiler.vllm_push import push_weights
+    from compiler.vllm_target import compile_to_vllm, emit
     from funcmodels import nn
     from funcmodels.train import Fitted, fit
     from funcmodels.training_checkpoint import Checkpoints
 
-# The compiler is imported on first use, so that training never pays for it, and never needs vLLM.
+# The compiler is imported on first use, and of it what that needs: training never pays for it, and
+# never needs vLLM; serving does not pay for what explains and checks.
 _COMPILER = {
-    "CompiledModel": "compiler.api",
-    "DEVICES": "compiler.api",
-    "Device": "compiler.api",
-    "Explanation": "compiler.api",
-    "Grid": "compiler.api",
-    "ModelStage": "compiler.api",
-    "ParallelContext": "compiler.api",
-    "Place": "compiler.api",
-    "allow": "compiler.api",
-    "check": "compiler.api",
-    "check_grid": "compiler.api",
-    "explain": "compiler.api",
-    "emit": "compiler.api",
-    "compile_to_torch": "compiler.api",
-    "compile_to_vllm": "compiler.api",
+    "CompiledModel": "compiler.torch_target",
+    "DEVICES": "compiler.explain",
+    "Device": "compiler.explain",
+    "Explanation": "compiler.explain",
+    "Grid": "compiler.check",
+    "ModelStage": "compiler.pipeline",
+    "ParallelContext": "compiler.parallel",
+    "Place": "compiler.mesh",
+    "allow": "compiler.strict",
+    "check": "compiler.check",
+    "check_grid": "compiler.check",
+    "explain": "compiler.explain",
+    "emit": "compiler.vllm_target",
+    "compile_to_torch": "compiler.torch_target",
+    "compile_to_vllm": "compiler.vllm_target",
     "push_weights": "compiler.vllm_push",
-    "pad_heads": "compiler.api",
-    "pipeline_stage": "compiler.api",
-    "register": "compiler.api",
-    "trace": "compiler.api",
-    "Verified": "compiler.api",
-    "verify": "compiler.api",
+    "pad_heads": "compiler.pad",
+    "pipeline_stage": "compiler.pipeline",
+    "register": "compiler.register",
+    "trace": "compiler.trace",
+    "Verified": "compiler.compare",
+    "verify": "compiler.compare",
     # The loop brings torch.distributed.checkpoint and rich with it.
     "Checkpoints": "funcmodels.training_checkpoint",
     "Fitted": "funcmodels.train",

@@ -20,11 +20,16 @@ class Helper:
 
     Args:
         lines: its source.
-        names: what it reads that is not its own: imports, and other helpers.
+        node: the same, parsed.
     """
 
     lines: tuple[str, ...]
-    names: frozenset[str]
+    node: ast.AST
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """What it reads that is not its own: imports, and other helpers."""
+        return frozenset(n.id for n in ast.walk(self.node) if isinstance(n, ast.Name))
 
 
 @functools.cache
@@ -37,7 +42,7 @@ def _defined_in(file: str) -> dict[str, Helper]:
     source = (Path(__file__).parent.parent / file).read_text()
     lines = source.split("\n")
     return {
-        node.name: Helper(tuple(lines[_first(node) - 1 : node.end_lineno]), _names(node))
+        node.name: Helper(tuple(lines[_first(node) - 1 : node.end_lineno]), node)
         for node in ast.parse(source).body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
@@ -46,7 +51,3 @@ def _defined_in(file: str) -> dict[str, Helper]:
 def _first(node: ast.FunctionDef | ast.ClassDef) -> int:
     """The line where a definition begins, decorators included."""
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-
-
-def _names(node: ast.AST) -> frozenset[str]:
-    return frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name))

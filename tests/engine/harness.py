@@ -60,7 +60,9 @@ import torch.nn.functional as F
 
 # What we and the engine import on the way to the first token, and Dynamo while it traces.
 PRELOAD = (
-    "compiler.api",
+    "compiler.check",
+    "compiler.explain",
+    "compiler.register",
     "compiler.vllm_config",
     "compiler.vllm_plugin",
     "einops._torch_specific",
