@@ -15,9 +15,9 @@ demo: setup ## the whole way on SmolLM2-135M: inspect, compile, serve, compare, 
 	@$(PY) -m examples.demo
 
 test: lint quick ## lint and the full test suite, real engine included
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow --ignore=tests/engine
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --ignore=tests/engine
 	# Alone: the engine's processes are forked from here, and what other modules import comes along.
-	$(PY) -m pytest -n 2 --dist loadgroup tests/engine
+	$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder tests/engine
 
 quick: setup ## the tests without the engine, under three minutes on two cores; vLLM cannot be imported in them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -p tests.no_vllm -m "not engine and not slow" --ignore=tests/engine
