@@ -32,7 +32,7 @@ _FUNCTIONAL = {"silu", "gelu", "softplus", "leaky_relu", "mish", "hardtanh", "ha
                "hardsigmoid", "relu6"}  # fmt: skip
 # What they make is the same on every rank, and needs no rule.
 _FACTORIES = {"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"}
-_METHODS = {"repeat", "expand", "new_zeros", "new_ones", "new_full"}
+_METHODS = {"repeat", "expand", "unfold", "new_zeros", "new_ones", "new_full"}
 
 
 def same(x: Tensor) -> Tensor:

@@ -210,8 +210,10 @@ def target_name(target: Any) -> str:
         and getattr(torch, name, None) is not target
     ):
         return f"F.{name}"
-    if getattr(torch.linalg, short := name.removeprefix("linalg_"), None) is target:
-        return f"torch.linalg.{short}"
+    for space in ("linalg", "fft", "special"):
+        short = name.removeprefix(f"{space}_")
+        if short != name and getattr(getattr(torch, space), short, None) is target:
+            return f"torch.{space}.{short}"
     if getattr(torch.Tensor, name, None) is target:
         return f"Tensor.{name}"
     return f"torch.{name}" if getattr(torch, name, None) is target else name

@@ -97,6 +97,20 @@ _SYNONYM = {
     "less_equal": torch.le,
     "not_equal": torch.ne,
     "trapz": torch.trapezoid,
+    "narrow_copy": torch.narrow,
+    "split_with_sizes": torch.split,
+    "unsafe_split_with_sizes": torch.split,
+    "unsafe_split": torch.split,
+    "unsafe_chunk": torch.chunk,
+    "inverse": torch.linalg.inv,
+    "det": torch.linalg.det,
+    "matrix_exp": torch.linalg.matrix_exp,
+    "matrix_power": torch.linalg.matrix_power,
+    "special_digamma": torch.digamma,
+    "special_psi": torch.digamma,
+    "special_gammaln": torch.lgamma,
+    "special_polygamma": torch.polygamma,
+    "special_i0": torch.i0,
     "special_expit": torch.sigmoid,
     "special_exp2": torch.exp2,
     "special_expm1": torch.expm1,
@@ -208,6 +222,15 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     if name == "tile":
         times = tuple(args[1])
         return Tensor.repeat, (args[0], (1,) * (args[0].ndim - len(times)) + times), {}
+    if name in ("fliplr", "flipud"):
+        return torch.flip, (args[0], (int(name == "fliplr"),)), {}
+    if name == "ravel":
+        return torch.reshape, (args[0], (-1,)), {}
+    if name == "linalg_norm" and isinstance(dim := _given(args, 2, kwargs, "dim"), int):
+        order = _given(args, 1, kwargs, "ord")
+        kept = {"keepdim": _given(args, 3, kwargs, "keepdim") or False}
+        if "dtype" not in kwargs:
+            return torch.linalg.vector_norm, (args[0], 2 if order is None else order, dim), kept
     if name == "hstack":
         return torch.cat, (args[0], min(args[0][0].ndim, 2) - 1), {}
     if name in _STACKS and args[0][0].ndim > (dim := _STACKS[name]):
@@ -228,6 +251,10 @@ def normalize(func: Any, args: tuple[Any, ...], kwargs: dict) -> Call:
     if func in _FUNCTIONAL:
         return _FUNCTIONAL[func], args[:1], {}
     return _as_torch(func, name), args, kwargs
+
+
+def _given(args: tuple, i: int, kwargs: dict, name: str) -> Any:
+    return args[i] if len(args) > i else kwargs.get(name)
 
 
 def _name(func: Any) -> str:
@@ -266,6 +293,10 @@ _ARGUMENTS = {
     "dstack": ("tensors",),
     "column_stack": ("tensors",),
     "where": ("condition", "input", "other"),
+    "scaled_dot_product_attention": ("query", "key", "value"),
+    "linalg_solve": ("A", "B"),
+    "linalg_solve_triangular": ("A", "B"),
+    "linalg_vecdot": ("x", "y"),
     "trapezoid": ("y", "x"),
     "trapz": ("y", "x"),
     "cumulative_trapezoid": ("y", "x"),

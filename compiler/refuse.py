@@ -217,11 +217,11 @@ def two_dtypes(func: Any, args: Any, kwargs: Any, error: RuntimeError) -> None:
 
 def fixes_size(func: Any) -> TraceError:
     return TraceError(
-        f"{getattr(func, '__name__', func)} is only recorded for one number of tokens",
+        f"{target_name(func)} is only recorded for one number of tokens",
         got="it takes the tokens apart, or torch cannot infer its shape for any number of them",
         need="operations on whole (num_tokens, ...) tensors",
         from_=users_line(),
-        fix="index with `...`, and take no sizes from the number of tokens",
+        fix="index with `...`, take no sizes from the number of tokens, and call it outside a vmap",
     )
 
 
@@ -301,6 +301,16 @@ def without_shapes(func: Any, error: Exception) -> TraceError:
         need="operations that torch.compile can follow too",
         from_=users_line(),
         fix="write it with other operations of torch",
+    )
+
+
+def not_below(func: Any, error: Exception) -> TraceError:
+    return TraceError(
+        f"{target_name(func)} cannot be recorded inside a transform of torch.func",
+        got=str(error).partition("\n")[0],
+        need="an operation that torch can follow for any number of tokens",
+        from_=users_line(),
+        fix="call it outside the vmap, on all at once: most operations take a dim",
     )
 
 

@@ -16,15 +16,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+from compiler.ir import MODEL_DTYPE
 from compiler.rules import letters_of
 from funcmodels.ops import primitive
 
+_FFTS = [getattr(torch.fft, name) for name in torch.fft.__all__ if "freq" not in name]
 _OPS = frozenset(primitive.ALL.values())
+# Which for symbolic sizes torch fixes, or is slow.
 _OF_NUMBERS = (
-    F.pad,
-    torch.complex,
-    torch.polar,
-)  # which for symbolic sizes torch fixes, or is slow
+    F.pad, torch.complex, torch.polar, torch.take_along_dim, F.interpolate, F.max_pool1d,
+    F.local_response_norm, *_FFTS,
+)  # fmt: skip
 Sizes = tuple[Any, ...]
 
 
@@ -34,7 +36,8 @@ def result_of(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     Raises what the function itself raises for shapes that do not fit.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if func in _OPS or func in _OF_NUMBERS:
+    halves = func in _FFTS and any(t.dtype == MODEL_DTYPE for t in tensors)  # which it refuses
+    if (func in _OPS or func in _OF_NUMBERS) and not halves:
         lead = next((s for t in tensors if (s := _leading(t.shape))), ())
         if all(_leading(t.shape) in (lead, ()) for t in tensors):
             return _run(func, args, kwargs, lambda shape: _replaced(shape, lead))

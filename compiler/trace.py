@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
@@ -357,6 +358,8 @@ class _Tracer(TorchFunctionMode):
             out = result_of(func, args, kwargs)
         except GuardOnDataDependentSymNode as error:
             raise refuse.branch_on_value(error) from error
+        except DataDependentOutputException as error:
+            raise refuse.branch_on_value(error, target_name(func)) from error
         except UnsupportedOperatorException as error:
             raise refuse.without_shapes(func, error) from error
         except RuntimeError as error:
@@ -407,7 +410,12 @@ class _Tracer(TorchFunctionMode):
             self.passing = func
             if func is ops.attention and mapped_attention.only_maps():
                 return mapped_attention.mapped(self._attention, *args, **kwargs)
-            out = transforms.call(func, args, kwargs)
+            try:
+                out = transforms.call(func, args, kwargs)
+            except RuntimeError as error:
+                if "directly modify sizes" in str(error):  # torch's words for a shape not its own
+                    raise refuse.not_below(func, error) from error
+                raise
             self._note_guards(func)
             tensors = (isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
             return out if any(tensors) else self._read(func, out)

@@ -33,13 +33,21 @@ def sum_(view: View) -> Decision | None:
 # Where `dim` stands among the arguments, if not second.
 _DIM_AT = {
     torch.norm: 2, torch.linalg.vector_norm: 2, torch.topk: 2, torch.roll: 2, F.normalize: 2,
-    torch.diff: 2, torch.kthvalue: 2, torch.take_along_dim: 2,
+    torch.diff: 2, torch.kthvalue: 2, torch.take_along_dim: 2, torch.quantile: 2,
+    torch.nanquantile: 2,
 }  # fmt: skip
 # And which it is where it is not given; None for all of them.
 _DIM_IS = {
     torch.sort: -1, torch.argsort: -1, torch.topk: -1, F.glu: -1, F.normalize: 1, torch.diff: -1,
-    torch.kthvalue: -1,
+    torch.kthvalue: -1, torch.msort: 0,
 }  # fmt: skip
+# Transforms of one dim, of the last two, of all; and shifts of all.
+_FFT = [getattr(torch.fft, name) for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")]
+_FFT2 = (torch.fft.fft2, torch.fft.ifft2, torch.fft.rfft2, torch.fft.irfft2)
+_FFTN = (torch.fft.fftn, torch.fft.ifftn, torch.fft.rfftn, torch.fft.irfftn)
+_SHIFTS = (torch.fft.fftshift, torch.fft.ifftshift)
+_DIM_AT |= dict.fromkeys((*_FFT, *_FFT2, *_FFTN), 2)
+_DIM_IS |= dict.fromkeys(_FFT, -1) | dict.fromkeys(_FFT2, (-2, -1))
 
 
 @rule(torch.mean)
@@ -65,10 +73,14 @@ def mean(view: View) -> Decision | None:
 @rule(torch.amax, torch.amin, torch.logsumexp, torch.var, torch.std, torch.prod,
       torch.max, torch.min, torch.argmax, torch.argmin, torch.any, torch.all, torch.norm,
       torch.linalg.vector_norm, torch.median, torch.aminmax, torch.count_nonzero,
-      torch.var_mean, torch.std_mean, torch.nansum, torch.nanmean)  # fmt: skip
+      torch.var_mean, torch.std_mean, torch.nansum, torch.nanmean, torch.nanmedian, torch.mode,
+      torch.quantile, torch.nanquantile)  # fmt: skip
 def reduction(view: View) -> Decision | None:
     """Along other dims than the cut one."""
-    if len(view.tensors) > 1:  # torch.max(x, y) is torch.maximum
+    if view.node.target in (torch.quantile, torch.nanquantile):  # several add a dim
+        if not isinstance(view.arg(1, "q"), float):
+            return None
+    elif len(view.tensors) > 1:  # torch.max(x, y) is torch.maximum
         return elementwise(view)
     return _reduced(view, view.tensors[0])
 
@@ -96,7 +108,8 @@ _ALONG_DIM = (
     torch.softmax, torch.log_softmax, F.log_softmax, torch.cumsum, torch.cumprod, torch.flip,
     torch.roll, torch.sort, torch.argsort, torch.topk, torch.gather, torch.take_along_dim,
     torch.cummax, torch.cummin, torch.logcumsumexp, torch.scatter, torch.scatter_add, F.softmin,
-    F.glu, F.normalize, torch.diff, torch.kthvalue,
+    F.glu, F.normalize, torch.diff, torch.kthvalue, torch.scatter_reduce, torch.msort, *_FFT,
+    *_FFT2, *_FFTN, *_SHIFTS,
 )  # fmt: skip
 
 
@@ -108,10 +121,14 @@ def along_dim(view: View) -> Decision | None:
     i, default = (table.get(view.node.target) for table in (_DIM_AT, _DIM_IS))
     dims = view.arg(i or 1, "dim", view.node.kwargs.get("dims", default))
     dims = [dims] if isinstance(dims, int) else dims
+    once: set[fx.Node] = set()
     if isinstance(at, Shard):
         if dims is None or at.dim in {dim_of(d, rank) for d in dims}:
             return None
-        if any(view.type(n).shape[at.dim] != view.type(x).shape[at.dim] for n in rest):
+        if view.node.target is torch.take_along_dim:  # with broadcasting
+            once = {n for n in rest if view.type(n).shape[at.dim] == 1}
+        elsewhere = [n for n in rest if n not in once]
+        if any(view.type(n).shape[at.dim] != view.type(x).shape[at.dim] for n in elsewhere):
             return None  # an index may take fewer
     types = view.node.meta["type"]
     first = types[0] if isinstance(types, tuple) else types
@@ -119,7 +136,8 @@ def along_dim(view: View) -> Decision | None:
     if isinstance(at, Shard) and len(first.shape) < rank:  # kthvalue takes its dim away
         put = Shard(at.dim - sum(dim_of(d, rank) < at.dim for d in dims), at.units, at.axis)
     out = (put,) * len(types) if isinstance(types, tuple) else put
-    return Decision({x: at, **dict.fromkeys(rest, at)}, out)
+    inputs: dict[fx.Node, Placement] = {n: REPLICATE if n in once else at for n in rest}
+    return Decision({**inputs, x: at}, out)
 
 
 @rule(

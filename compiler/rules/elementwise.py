@@ -25,6 +25,9 @@ _UNARY = (
     F.threshold, F.hardshrink, F.softshrink, F.tanhshrink, torch.asin, torch.acos, torch.asinh,
     torch.acosh, torch.atanh, torch.logit, torch.frac, torch.positive, torch.signbit, torch.sinc,
     torch.erfinv, torch.sgn, torch.real, torch.imag, torch.conj, torch.angle, torch.resolve_conj,
+    torch.lgamma, torch.digamma, torch.polygamma, torch.deg2rad, torch.rad2deg, torch.i0,
+    torch.special.i0e, torch.special.i1, torch.special.i1e, torch.special.ndtr,
+    torch.special.ndtri, torch.special.log_ndtr, torch.special.entr, torch.special.erfcx,
 )  # fmt: skip
 # Derivatives of activations, as torch.func.grad inside a model leaves them.
 _aten = torch.ops.aten
@@ -43,7 +46,8 @@ _BINARY = (
     torch.masked_fill, torch.addcmul, torch.addcdiv, torch.rsub, torch.fmod, torch.atan2,
     torch.logaddexp, torch.logaddexp2, torch.hypot, torch.copysign, torch.heaviside, torch.xlogy,
     torch.float_power, torch.fmax, torch.fmin, torch.isclose,
-    torch.complex, torch.polar,
+    torch.complex, torch.polar, torch.ldexp, torch.gcd, torch.lcm, torch.nextafter,
+    torch.special.xlog1py,
     ops.swiglu, ops.geglu,
 )  # fmt: skip
 

@@ -175,7 +175,7 @@ def cdist(view: View) -> Decision | None:
     return None if isinstance(found.output, Partial) else found
 
 
-@rule(torch.linalg.solve_triangular)
+@rule(torch.linalg.solve_triangular, torch.linalg.solve)
 def solve(view: View) -> Decision | None:
     """A system of each batch by itself: cut where both sides are, or where the matrix is."""
     A, B = view.node.args[:2]

@@ -52,7 +52,7 @@ MIXES = {
     "rows": (lambda p, x, s: x[s], "ops.embed makes tokens"),
     "matmul": (attends_by_hand, "torch.matmul makes tokens"),
     "conv": (conv_over_time, "torch.conv1d makes tokens depend on each other"),
-    "sdpa": (attends, "scaled_dot_product_attention is not known to leave tokens apart"),
+    "sdpa": (attends, "scaled_dot_product_attention makes tokens depend"),
     "number of tokens": (lambda p, x, s: x * x.shape[0], "computes with the number of tokens"),
     "index in the batch": (index_of_tokens, "torch.arange computes with the number of tokens"),
     "groups": (lambda p, x, s: F.group_norm(x[None], 1)[0], "F.group_norm makes tokens"),

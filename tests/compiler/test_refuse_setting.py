@@ -79,6 +79,21 @@ def test_an_operation_without_shapes():
     refused(quantised, "torch does not say what shape it gives", "other operations", "return")
 
 
+def test_an_operation_that_looks_at_values():
+    def related(p, x, s):
+        return x + torch.cov(x.T.float()).to(x.dtype)[0]
+
+    refused(related, r"torch\.cov needs the value of a tensor", r"torch\.where", "return")
+
+
+def test_an_operation_that_torch_cannot_map():
+    def mapped(p, x, s):
+        pairs = x.float().reshape(-1, 4, 4)
+        return x + torch.func.vmap(lambda row: torch.fft.rfft(row).abs())(pairs).sum() + 1
+
+    refused(mapped, r"torch\.fft\.rfft cannot be recorded inside a", "outside the vmap", "return")
+
+
 def branches_on_cuda(p, x, s):
     return x * 2 if x.is_cuda else x
 

@@ -125,26 +125,45 @@ UNARY = (
     torch.reciprocal, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.detach,
     torch.zeros_like, torch.ones_like, torch.isnan, torch.isinf, torch.isfinite, F.hardshrink,
     F.softshrink, F.tanhshrink, torch.asinh, torch.frac, torch.positive, torch.signbit, torch.sinc,
-    torch.sgn,
+    torch.sgn, torch.deg2rad, torch.rad2deg, torch.i0, torch.special.i0e,
+    torch.special.i1, torch.special.i1e, torch.special.ndtr, torch.special.log_ndtr,
+    torch.special.erfcx,
 )  # fmt: skip
-POSITIVE = (torch.log, torch.log1p, torch.log2, torch.log10, torch.sqrt, torch.rsqrt)
+POSITIVE = (
+    torch.lgamma,
+    torch.digamma,
+    torch.special.entr,
+    torch.log,
+    torch.log1p,
+    torch.log2,
+    torch.log10,
+    torch.sqrt,
+    torch.rsqrt,
+)
 BELOW_ONE = (torch.asin, torch.acos, torch.atanh, torch.erfinv)
 BINARY = (
     torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum, torch.eq, torch.ne,
     torch.lt, torch.le, torch.gt, torch.ge, torch.atan2, torch.rsub, torch.fmod, torch.remainder,
     ops.swiglu, torch.logaddexp, torch.logaddexp2, torch.hypot, torch.copysign, torch.fmax,
-    torch.fmin, torch.isclose,
+    torch.fmin, torch.isclose, lambda x, y: torch.special.xlog1py(x, y.abs()),
+    lambda x, y: torch.nextafter(x.detach(), y.detach()),
 )  # fmt: skip
 DIFFERENTIATED = (
     F.elu, F.celu, F.relu, torch.tanh, torch.sigmoid, F.softplus, F.leaky_relu, F.hardtanh,
     F.hardswish, torch.ops.aten.gelu,
 )  # fmt: skip
 LOGICAL = (torch.logical_and, torch.logical_or, torch.logical_xor)
-BITWISE = (torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor)
+BITWISE = (torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor, torch.gcd, torch.lcm)
 
 
 def integer(x: Tensor) -> Tensor:
     return (x * 4).to(torch.int64) % 7
+
+
+def square(x: Tensor) -> Tensor:
+    """Positive definite matrices, (..., n, n) of (..., n, m)."""
+    x = x.double()
+    return x @ x.transpose(-1, -2) + 3 * torch.eye(x.shape[-2], dtype=x.dtype)
 
 
 def paired(x: Tensor) -> Tensor:
@@ -170,6 +189,7 @@ ROWS = [
     row("unary", all_of(UNARY, lambda f, x: f(x)), "a/tp b"),
     row("complex", turned, "a/tp b", "a/tp b"),
     row("unary of positives", all_of(POSITIVE, lambda f, x: f(x.abs() + 0.5)), "a/tp b"),
+    row("polygamma", lambda x: (x.abs() + 1).polygamma(1) + torch.special.ndtri(x.sigmoid()), "a/tp b"),
     row("unary of small ones", all_of(BELOW_ONE, lambda f, x: f(x.tanh() / 2)), "a/tp b"),
     row("threshold", lambda x: F.threshold(x, 0.1, 2.0) + torch.logit(x.sigmoid()) + torch.acosh(x.abs() + 2), "a/tp b"),
     row("powers", lambda x, y: torch.float_power(x.abs() + 1, y) + torch.xlogy(x, y.abs() + 1)
@@ -178,6 +198,7 @@ ROWS = [
     row("floor_divide", lambda x, y: torch.floor_divide(x.detach(), y.detach()), "a/tp b", "a b"),
     row("logical", all_of(LOGICAL, lambda f, x, y: f(x > 0, y > 0)), "a/tp b", "a b"),
     row("bitwise", all_of(BITWISE, lambda f, x, y: f(integer(x), integer(y))), "a/tp b", "a b"),
+    row("ldexp", lambda x, y: torch.ldexp(x, integer(y)), "a/tp b", "a b"),
     row("geglu", lambda x, y: ops.geglu(x, y, approximate="tanh"), "a/tp b", "a b"),
     row("bitwise_not", lambda x: ~integer(x), "a/tp b"),
     row("shifts", lambda x: (integer(x) << 2) + (integer(x) >> 1), "a/tp b"),
@@ -460,7 +481,82 @@ ROWS = [
     row("one_hot", lambda x: F.one_hot(integer(x), 7), "a/tp b"),
     row("constants", lambda x: x + x.new_zeros(12, 4) + x.new_ones(4) + x.new_full((4,), 2.0)
         + torch.zeros(12, 4) + torch.ones(4) + torch.full((12, 4), 3.0), "a/tp b"),
+    # Matrices, spectra, channels, and two along a dim
+    row("diagonal", lambda x: torch.diagonal(x, 1, -1, 1) + x.diagonal(dim1=1, dim2=2)[:, :3], "a/tp b c"),
+    row("diagonal before the cut", lambda x: torch.diagonal(x, 0, 2, 0), "b c a/tp", gathers=True),
+    row("diagonal of others", lambda x: x.diagonal(), "b c a/tp"),
+    row("diagonal of a sum", lambda x: x.sum(0).diagonal() + x.sum(0).diag_embed().sum((0, 1))[:4], "a/tp b c"),
+    row("diagonal of the cut", lambda x: x.diagonal(), "a/tp b c", gathers=True),
+    row("diag_embed", lambda x: torch.diag_embed(x, 1) + torch.diag_embed(x, offset=-1, dim1=-1, dim2=1), "a/tp b"),
+    row("diag_embed before", lambda x: torch.diag_embed(x, 0, 0, 1), "a/tp b"),
+    row("diag_embed of the cut", lambda x: torch.diag_embed(x), "b a/tp", gathers=True),
+    row("rot90", lambda x: torch.rot90(x, 2, (1, 2)) + x.rot90(4, [-1, 1]), "a/tp b c"),
+    row("rot90 of the cut", lambda x: x.rot90(), "a/tp b c", gathers=True),
+    row("matrices", lambda x: (torch.linalg.inv(square(x)), torch.linalg.det(square(x)), torch.linalg.slogdet(square(x))[1],
+        torch.linalg.pinv(square(x)), torch.linalg.cholesky(square(x)), torch.linalg.matrix_exp(square(x) / 9),
+        torch.linalg.matrix_power(square(x), 2), torch.linalg.eigvalsh(square(x)), torch.linalg.eigh(square(x))[0],
+        torch.linalg.svdvals(square(x)), torch.linalg.qr(square(x))[1].abs(), torch.linalg.matrix_norm(x.double())), "a/tp b c"),
+    row("matrices of the cut", lambda x: torch.linalg.matrix_norm(x), "d b/tp c", gathers=True, parts=(1, 2, 4)),
+    row("inverses of the cut", lambda x: torch.linalg.inv(x.mT @ x + torch.eye(6)), "d b c/tp", gathers=True, parts=(1, 2, 3)),
+    row("matrix_norm of others", lambda x: torch.linalg.matrix_norm(x, dim=(0, 1)), "b/tp d c", gathers=True, parts=(1, 2, 4)),
+    row("solve", lambda x, y: torch.linalg.solve(square(x), y.double()), "a/tp b c", "a b d"),
+    row("solve by a cut matrix", lambda x, y: torch.linalg.solve(x.double().mT @ x.double(), y.double()), "d a b/tp", "d b c",
+        gathers=True, parts=(1, 2, 4)),
+    row("fft", lambda x: (torch.fft.rfft(x.double()).abs(), torch.fft.irfft(torch.fft.rfft(x.double(), dim=-1) * 2, n=4),
+        torch.fft.ifft(torch.fft.fft(x.double(), 3, 1)).real, torch.fft.hfft(x.double()), torch.fft.ihfft(x.double()).imag,
+        torch.fft.fftshift(x, dim=1) + torch.fft.ifftshift(x, -1)), "a/tp b"),
+    row("fft2", lambda x: (torch.fft.ifft2(torch.fft.fft2(x.double()) ** 2).real,
+        torch.fft.irfft2(torch.fft.rfft2(x.double(), dim=(1, 2)), dim=(1, 2)),
+        torch.fft.ifftn(torch.fft.fftn(x.double(), dim=(1, 2)) ** 2, dim=(2, 1)).real,
+        torch.fft.irfftn(torch.fft.rfftn(x.double(), dim=(-1,)), dim=(-1,))), "a/tp b c"),
+    row("fft of the cut", lambda x: torch.fft.fft(x.double(), dim=0).real, "a/tp b", gathers=True),
+    row("fft2 of the cut", lambda x: torch.fft.fft2(x.double()).real, "d a/tp b", gathers=True),
+    row("rfft of the cut", lambda x: torch.fft.rfft(x.double()).real, "b a/tp", gathers=True),
+    row("fftshift of all", lambda x: torch.fft.fftshift(x), "a/tp b", gathers=True),
+    row("fft of all", lambda x: torch.fft.fftn(x.double()).real, "a/tp b", gathers=True),
+    row("fft of tokens' features", lambda t, s, w: torch.fft.irfft(torch.fft.rfft(ops.embed(t, w).double(), dim=1) * 2, n=4, dim=1),
+        "e b", tokens=True),
+    row("instance_norm", lambda x, w, b: F.instance_norm(x, weight=w, bias=b) + F.instance_norm(x), "d a/tp b", "a", "a/tp"),
+    row("instance_norm of cut weights", lambda x, w: F.instance_norm(x, None, None, w), "a/tp b c", "b"),
+    row("instance_norm of the cut", lambda x: F.instance_norm(x), "d b a/tp", gathers=True),
+    row("local_response_norm", lambda x: F.local_response_norm(x, 2), "a/tp b c"),
+    row("local_response_norm of the cut", lambda x: F.local_response_norm(x, 2), "d a/tp b", gathers=True),
+    row("renorm", lambda x: x.renorm(2, 0, 0.5), "a/tp b c"),
+    row("renorm along others", lambda x: x.renorm(2, 1, 0.5), "a/tp b c", gathers=True),
+    row("interpolate", lambda x: (F.interpolate(x, scale_factor=2), F.interpolate(x, size=7, mode="linear")), "d a/tp b"),
+    row("interpolate the cut", lambda x: F.interpolate(x, scale_factor=2), "d b a/tp", gathers=True),
+    row("pools of images", lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 2) + F.adaptive_avg_pool2d(x, (2, 3)), "d a/tp b c"),
+    row("pools of cut images", lambda x: F.avg_pool2d(x, 2), "d b a/tp c", gathers=True),
+    row("pixel_shuffle", lambda x: (F.pixel_shuffle(x, 2), F.pixel_unshuffle(x, 2)), "a/tp b c d"),
+    row("pixel_shuffle of the cut", lambda x: F.pixel_shuffle(x, 2), "a/tp b c", gathers=True),
+    row("cross", lambda x, y: (torch.cross(x, y, dim=-1), torch.linalg.cross(x, y)), "a/tp kv", "one kv"),
+    row("cross of the first", lambda x, y: (torch.cross(x, y), torch.linalg.cross(x, y, dim=0)), "kv a", "kv a/tp"),
+    row("cross of the cut", lambda x, y: torch.cross(x, y), "kv/tp a", "kv a", gathers=True, parts=(1, 3)),
+    row("trapezoid", lambda x, y: torch.trapezoid(x, dx=0.5) + torch.trapz(y=x, x=y) + torch.cumulative_trapezoid(x)[:, 0]
+        + torch.trapezoid(x, x.exp(), dim=1), "a/tp b", "b"),
+    row("trapezoid before", lambda x, y: torch.trapezoid(x, y, dim=0), "b a/tp", "b a"),
+    row("trapezoid of the cut", lambda x: torch.trapezoid(x, dim=0), "a/tp b", gathers=True),
+    row("cumulative_trapezoid of the cut", lambda x: torch.cumulative_trapezoid(x), "b a/tp", gathers=True),
+    row("pairwise_distance", lambda x, y: F.pairwise_distance(x, y) + torch.pairwise_distance(x1=x, x2=y, p=1.0), "a/tp b", "a b"),
+    row("pairwise_distance of the cut", lambda x, y: F.pairwise_distance(x, y, keepdim=True), "b a/tp", "b a", gathers=True),
+    row("vecdot", lambda x, y: torch.linalg.vecdot(x, y) + torch.linalg.vecdot(x=x, y=y, dim=0)[:2].sum(), "a/tp b", "a b"),
+    row("sdpa", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, value=v) + F.scaled_dot_product_attention(q, k, v, m)
+        + F.scaled_dot_product_attention(q, k, v, attn_mask=m.sum(0, keepdim=True), scale=0.1), "a/tp b d", "a b d", "a b d", "a b one"),
+    row("sdpa of cut keys", lambda q, k, m: F.scaled_dot_product_attention(q, k, k, m[0]), "d b c", "d a/tp c", "d b a", gathers=True),
+    row("linalg.norm", lambda x: torch.linalg.norm(x, dim=-1) + torch.linalg.norm(x, 1, 1, True).sum(1), "a/tp b"),
+    row("quantile", lambda x: (x.double().quantile(0.3, 1), torch.nanquantile(x.double(), 0.4, dim=-1, keepdim=True),
+        x.nanmedian(-1).values, integer(x).mode(1).values), "a/tp b"),
+    row("nanmedian of the cut", lambda x: x.nanmedian(0).values, "a/tp b", gathers=True),
+    row("mode of the cut", lambda x: integer(x).mode(-1).values, "b a/tp", gathers=True),
+    row("quantiles", lambda x: torch.quantile(x.double(), torch.tensor([0.1, 0.2], dtype=torch.float64), 1), "a/tp b", gathers=True),
+    row("msort", lambda x: torch.msort(x), "b a/tp"),
+    row("msort the cut", lambda x: torch.msort(x), "a/tp b", gathers=True),
+    row("scatter_reduce", lambda x, y: x.scatter_reduce(1, integer(y) % 4, y, "sum"), "a/tp b", "a b"),
+    row("scatter_reduce into the cut", lambda x, y: x.scatter_reduce(0, integer(y) % 4, y, "sum"), "a/tp b", "a b", gathers=True),
+    row("take_along_dim, broadcast", lambda x, y: torch.take_along_dim(x, integer(y) % 4, 1), "a/tp b", "one c"),
     # Other spellings
+    row("synonyms of shapes", lambda x: torch.fliplr(x) + torch.flipud(x.T).T + x.narrow_copy(1, 0, 4) + x.split_with_sizes([3, 1], 1)[1]
+        + x.ravel().reshape(12, 4), "a/tp b"),
     row("numpy's names", lambda x, y: torch.cat((torch.concatenate((x, y), axis=1).chunk(2, axis=1)[0], x), axis=-1),
         "a b/tp", "a b", gathers=True, parts=(1, 2, 4)),
     row("numpy's names of reductions", lambda x: torch.sort(torch.sum(x, axis=-1, keepdims=True), axis=1)[0]
@@ -526,7 +622,7 @@ ROWS = [
     row("mean cross_entropy", lambda h, w: ops.cross_entropy(h, w, 2 * torch.arange(6)), "c b",
         "a/tp b", gathers=True),
     # No rule: gathered, and right
-    row("no rule", lambda x: torch.renorm(x, 2, 0, 1.0), "a/tp b", gathers=True),
+    row("no rule", lambda x: torch.kron(x, x), "a/tp b", gathers=True),
 ]  # fmt: skip
 
 
