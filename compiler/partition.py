@@ -33,6 +33,7 @@ from compiler.rules import (
     decide,
     gathered,
     is_cut,
+    told_apart,
     vocab_embed,
 )
 from compiler.sequence import by_sequence, is_by_sequence
@@ -220,7 +221,9 @@ class _BlockPartitioner:
             cut(self, node)
             return
         at = sequence.seen(node, self.at) if self.whole.sequence else self.at
-        view = View(node, at, self.axis)
+        view, stands_for = told_apart(View(node, at, self.axis))
+        for stand_in, value in stands_for.items():
+            self.env[stand_in], self.at[stand_in] = self.env[value], self.at[value]
         decision, is_gathered = decide(view)
         if isinstance(decision, Spelled):
             if self._spell(node, decision):
@@ -231,7 +234,9 @@ class _BlockPartitioner:
             self.whole.note_gather(self.source, node, next(shards).axis)
         for need in decision.needs:
             self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
-        new = self._local(node, decision, at)
+        new = self._local(view.node, decision, view.placements)
+        if stands_for:
+            view.node.args, view.node.kwargs = (), {}  # the operands have no user there
         self._put(node, new, decision.output)
         if new.target is vocab_embed:  # now, for each use: the engine's layer sums at once
             to = self._settled(node)

@@ -28,7 +28,7 @@ from compiler.rules import (
     two_along_dim,
     written,
 )
-from compiler.rules.decide import decide, gathered, is_cut
+from compiler.rules.decide import decide, gathered, is_cut, told_apart
 from compiler.rules.local import (
     LocalValues,
     max_over_ranks,
@@ -75,6 +75,7 @@ __all__ = [
     "rms_norm_over_ranks",
     "shapes",
     "share_of_mean",
+    "told_apart",
     "two_along_dim",
     "vocab_embed",
     "widened",

@@ -319,6 +319,74 @@ def scrambled(p, x, positions):
     return x + torch.tanh(h) @ p["down"].T
 
 
+@fm.block
+def grouped(p, x, positions):
+    """Norms of groups and of channels, pools, and what goes along a dim of the heads'."""
+    h = einsum(x, p["q"], "... e, h d e -> ... h d")
+    lead, (heads, width) = h.shape[:-2], h.shape[-2:]
+    flat = h.reshape(-1, heads, width)
+    normed = F.group_norm(flat, heads) + F.instance_norm(flat) + F.local_response_norm(flat, 2)
+    pooled = F.avg_pool1d(flat, 2).repeat_interleave(2, -1) + F.interpolate(flat, scale_factor=1)
+    h = (normed + pooled).reshape(*lead, heads, width)
+    h = h + torch.trapezoid(h, dim=-1)[..., None] + torch.take_along_dim(h, h.argsort(-1), -1)
+    return x + einsum(torch.tanh(h), p["o"], "... h d, e h d -> ... e")
+
+
+@fm.block
+def turned(p, x, positions):
+    """Pairs as complex numbers, a spectrum, and bits."""
+    h = einsum(x, p["q"], "... e, h d e -> ... h d").double()
+    z = torch.view_as_complex(h.unflatten(-1, (-1, 2)))
+    turns = torch.polar(torch.ones_like(p["scale"]).double(), p["scale"].double())[:, None]
+    h = torch.view_as_real(z * turns).flatten(-2)
+    h = h + torch.fft.irfft(torch.fft.rfft(h) * 2, n=h.shape[-1]) + torch.fft.fft(h).real
+    sign = (h.view(torch.int64) >> 62).to(x.dtype)
+    return x + einsum(torch.tanh(h.to(x.dtype)) + sign, p["o"], "... h d, e h d -> ... e")
+
+
+@fm.block
+def written(p, x, positions):
+    """Parts in the place of others, and added to them."""
+    h = einsum(x, p["gate"], "... e, f e -> ... f")
+    n = h.shape[-1] // 2
+    first, second = h.tensor_split(2, -1)
+    h = h.slice_scatter(first * second, -1, n).select_scatter(h.select(-1, 0).tanh(), -1, n)
+    index = torch.tensor([1, 0])
+    h = h.index_add(-1, index, first[..., :2]) + h.index_fill(-1, index, 0.5)
+    places = h.argsort(-1)
+    h = h.scatter_add(-1, places, h.sin()) + h.scatter(-1, places, 0.5 * h)
+    return x + torch.tanh(h.index_copy(-1, index, second[..., :2])) @ p["down"].T
+
+
+@fm.block
+def near(p, x, positions):
+    """Distances to rows of a matrix, and places in a sorted one."""
+    rows = torch.cdist(x.reshape(-1, x.shape[-1]), p["up"]).reshape(*x.shape[:-1], -1)
+    borders = p["mlp_norm"].detach().sort().values
+    places = torch.searchsorted(borders, rows.detach()) + torch.bucketize(rows.detach(), borders)
+    odd = torch.isin(places, torch.tensor([0, 2, 4]))
+    h = torch.where(odd, rows, -rows) / (1 + rows) + 0.1 * places.to(x.dtype)
+    return x + h @ p["down"].T
+
+
+@fm.block
+def put_together(p, x, positions):
+    """Stacks and splits by their other names, diagonals and cross products."""
+    h = einsum(x, p["q"], "... e, h d e -> ... h d")
+    flat = h.reshape(-1, *h.shape[-2:])
+    a, b = flat.dsplit(2)
+    tall = torch.hstack((flat, flat))[:, : flat.shape[1]] + torch.dstack((b, a))
+    square = einsum(tall, tall, "t h a, t h b -> t h a b")
+    lines = square.diagonal(dim1=-2, dim2=-1) + torch.diag_embed(tall).sum(-1)
+    three = torch.stack((lines, tall, flat), -1)
+    h = (
+        torch.linalg.cross(three, three.roll(1, -1)).sum(-1)
+        + torch.rot90(square, 2, (2, 3))[..., 0]
+    )
+    h = h.reshape(h.shape[0], -1).reshape(*x.shape[:-1], *h.shape[1:])
+    return x + einsum(torch.tanh(h), p["o"], "... h d, e h d -> ... e")
+
+
 def shared_keys(p, x, positions):
     """Two attentions with the same keys and values, the second of which carries the first's on."""
     q, k, v = _qkv(p, ops.rms_norm(x, p["norm"], eps=1e-5))
@@ -366,7 +434,14 @@ STEPS: dict[str, tuple[dict[str, str], Any]] = {
     "rearranged": (QO, rearranged),
     "normed_wide": (GATED | {"mlp_norm": "mlp"}, normed_wide),
     "scrambled": (GATED, scrambled),
+    "grouped": (QO, grouped),
+    "turned": (QO | {"scale": "heads"}, turned),
+    "written": (GATED, written),
+    "near": (GATED | {"mlp_norm": "mlp"}, near),
+    "put_together": (QO, put_together),
     "shared_keys": (QKVO | {"norm": "hidden", "scale": "heads"}, shared_keys),
 }
-_USUAL = tuple(step for step in STEPS if step != "scrambled")
+# Not among what is emitted at random: most of it gathers, or is slow to be recorded.
+_ODD = ("scrambled", "grouped", "turned", "written", "near", "put_together")
+_USUAL = tuple(step for step in STEPS if step not in _ODD)
 _GATHERING = (*STEPS, "scrambled", "scrambled", "picked")
