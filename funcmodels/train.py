@@ -106,7 +106,7 @@ def fit(
     Raises:
         NotFiniteError: a loss or a gradient is NaN or infinite; it names the step, the batch and
             the first block. The weights were not touched by that step.
-        CheckpointError: the newest checkpoint is of another model or optimiser.
+        CheckpointError: the newest checkpoint is of another model or optimiser, or of more steps.
         TrainingError: an argument that cannot work, see `funcmodels/train_check.py`; an optimiser
             of your own that cannot work on parts of parameters; processes that start with other
             weights, or with other batches where they share the layers.
@@ -131,7 +131,7 @@ def fit(
     device = tree.leaves(weights)[0].device
     alone = isinstance(model, Model)
     job = one_process(model, optimizer) if alone else on_mesh(model, optimizer, done)
-    source, keeper = Source(data), keeper_of(checkpoints, resume)
+    source, keeper = Source(data), keeper_of(checkpoints, resume, steps)
     if keeper is not None and (newest := keeper.latest()) is not None:
         restore(keeper, newest, job, done, source)
 

@@ -20,22 +20,31 @@ if TYPE_CHECKING:
 
 
 def keeper_of(
-    checkpoints: Checkpoints | str | os.PathLike[str] | None, resume: bool
+    checkpoints: Checkpoints | str | os.PathLike[str] | None, resume: bool, steps: int
 ) -> Checkpoints | None:
-    """The checkpoints of a run.
+    """The checkpoints of a run of so many steps.
 
     Raises:
-        CheckpointError: there are some, and the run is not to resume.
+        CheckpointError: there are some, and the run is not to resume; or they are further on.
     """
     if checkpoints is None or isinstance(checkpoints, Checkpoints):
         keeper = checkpoints
     else:
         keeper = Checkpoints(checkpoints)
-    if keeper is not None and not resume and (newest := keeper.latest()) is not None:
+    if keeper is None or (newest := keeper.latest()) is None:
+        return keeper
+    if not resume:
         raise CheckpointError(
             f"{keeper.folder} has checkpoints of another run",
             got=f"the newest of step {newest}, and resume=False",
             fix="another folder, or resume=True",
+        )
+    if newest > steps:
+        raise CheckpointError(
+            f"{keeper.folder} has checkpoints of more steps than are asked for",
+            got=f"the newest of step {newest}, and steps={steps}",
+            need="steps in all, those before a checkpoint included",
+            fix=f"steps={newest} or more, or another folder",
         )
     return keeper
 

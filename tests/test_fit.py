@@ -313,6 +313,16 @@ def test_another_model_or_optimiser_is_refused(tmp_path):
         train(4, checkpoints=tmp_path, resume=False)
 
 
+def test_checkpoints_of_more_steps_are_refused(tmp_path):
+    """Their weights are not those after so many steps; after as many, they are returned."""
+    want = train(4, checkpoints=tmp_path)
+    with pytest.raises(fm.errors.CheckpointError, match=r"newest of step 4, and steps=2"):
+        train(2, checkpoints=tmp_path)
+    again = train(4, checkpoints=tmp_path)
+    assert (again.step, again.losses) == (4, [])
+    assert_same(again.weights, want.weights)
+
+
 @pytest.mark.slow
 def test_compiled():
     """The graph alone: inductor takes most of a minute, and benchmarks.train runs it."""
