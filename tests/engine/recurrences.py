@@ -49,7 +49,7 @@ def odd_step(state, x):
     turned = state["turned"] * (0.6 + 0.5j) + x
     M = 0.5 * state["M"] + einsum(x, x, "... h a, ... h b -> ... h a b")
     y = turned.real / n[..., None].float() + 0.1 * state["last"].float()
-    y = y + torch.linalg.inv(M + 4 * torch.eye(P.sizes["value"]))[..., 0]
+    y = y + torch.cholesky_inverse(M + 4 * torch.eye(P.sizes["value"]))[..., 0]
     return {"last": x.to(state["last"].dtype), "M": M, "turned": turned, "n": n}, y
 
 
