@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from funcmodels import training_storage as storage
 from funcmodels.errors import CheckpointError
 from funcmodels.rng import rng_state, set_rng_state
 from funcmodels.train_data import Source
@@ -79,6 +80,8 @@ def restore(keeper: Checkpoints, step: int, job: Job, done: Fitted, source: Sour
         torch.manual_seed(step * 1_000_003 + _rank())
     source.restore(about["data"])
     done.step = step
+    if _rank() == 0:  # nobody writes yet: what is half-written or half-deleted is a dead run's
+        storage.sweep(keeper.folder)
 
 
 def _rank() -> int:
