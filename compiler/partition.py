@@ -227,6 +227,7 @@ class _BlockPartitioner:
         decision, is_gathered = decide(view)
         if isinstance(decision, Spelled):
             if self._spell(node, decision):
+                _forget(stands_for)
                 return
             decision, is_gathered = gathered(view)
         if is_gathered:
@@ -235,8 +236,7 @@ class _BlockPartitioner:
         for need in decision.needs:
             self.whole.need(need.axis, need.units, True, need.why, node.meta["where"])
         new = self._local(view.node, decision, view.placements)
-        if stands_for:
-            view.node.args, view.node.kwargs = (), {}  # the operands have no user there
+        _forget(stands_for)
         self._put(node, new, decision.output)
         if new.target is vocab_embed:  # now, for each use: the engine's layer sums at once
             to = self._settled(node)
@@ -362,6 +362,13 @@ class _Steps(Steps):
         """So that the operands, which are others' too, have no users here."""
         for step in self.graph.nodes:
             step.args = ()
+
+
+def _forget(stands_for: dict[fx.Node, fx.Node]) -> None:
+    """So that the operands of a call told apart have no user there."""
+    for stand_in in stands_for:
+        for call in list(stand_in.users):
+            call.args, call.kwargs = (), {}
 
 
 def _is_idle(node: fx.Node) -> bool:
